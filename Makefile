@@ -1,0 +1,60 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both build .venv the first time.
+
+PYTHON ?= python3
+# The release that the figures in docs/results.md were measured with. On Linux, pip may fetch a CUDA build of several
+# gigabytes for it; CONTRIBUTING.md says how to choose another one.
+TORCH ?= torch==2.13.0
+# Where `make demo` writes, and further options of `depthkv demo`, such as ARGS="--minutes 5".
+OUT ?= demo-out
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint clean FORCE
+
+help:
+	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
+	@echo "make test   the tests, on CPU and without a network"
+	@echo "make slow   the tests that take minutes or download a model"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove .venv and caches of tools"
+
+demo: $(VENV)/run.stamp
+	$(BIN)/depthkv demo --out $(OUT) $(ARGS)
+
+# One thread per worker: two workers with a thread per core each would only slow each other down.
+test: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests
+
+slow: $(VENV)/dev.stamp
+	$(BIN)/pytest -q -m slow --timeout 3600 tests
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+
+# A stamp is written after pip succeeded, so that an interrupted installation is taken up again. The first stamp holds
+# what TORCH was: another TORCH is then installed instead of being ignored.
+ifneq ($(TORCH),$(shell cat $(VENV)/torch.stamp 2>/dev/null))
+$(VENV)/torch.stamp: FORCE
+endif
+$(VENV)/torch.stamp:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	    sys.exit(0 if sys.version_info >= (3, 10) else "expected Python 3.10 or newer, got " + v + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)'
+	@printf '%s\n' '$(TORCH)' > $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/run.stamp

@@ -1,0 +1,335 @@
+"""Load and save models, with the sharing plan that belongs to them.
+
+A model is named by a hub id, a folder, a .gguf file or `builtin:NAME`. Whatever is wrong with it is reported as one
+`CheckpointError`. Weights come from safetensors or GGUF files only: pickled weights can run code when they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from depthkv.downloads import BUILTIN_MODELS, Progress
+from depthkv.errors import CheckpointError, PlanError
+from depthkv.location import Location, locate
+from depthkv.plan import SharingPlan
+
+__all__ = ["BUILTIN_MODELS", "load", "load_config", "save"]
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+_NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_KEY = "kv_source_layers"
+
+# Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
+_OWN_FILES = (
+    "config.json generation_config.json plan.json model.safetensors model-*.safetensors *.index.json "
+    "pytorch_model*.bin tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
+    "chat_template.* vocab.json vocab.txt merges.txt spiece.model"
+).split()
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, SharingPlan | None]:
+    """Load a causal language model, its tokenizer, and the sharing plan in its config.json, if there is one.
+
+    The plan is not applied: `share(model, plan)` does that.
+
+    Args:
+        name: a folder, a .gguf file, `builtin:NAME` or a hub id.
+        dtype: "auto" (as stored; float32 for GGUF), "float32", "bfloat16", "float16", "float64" or a torch.dtype.
+        device: "cpu", "cuda", "cuda:N", or "auto" (spread over the visible GPUs, the CPU if there is none).
+        trust_remote_code: run Python code that comes with the checkpoint. Off, because it can do anything.
+        progress: gets one line before a download; by default it goes to stderr.
+
+    Returns:
+        (model in eval mode, tokenizer, plan or None)
+
+    Raises:
+        CheckpointError: names what is missing, damaged or of the wrong kind.
+    """
+    torch_dtype = _parse_dtype(dtype)
+    device_map = _parse_device(device)
+    location = locate(name, progress)
+    config = _read_config(location, trust_remote_code)
+    _require_causal(config, location.name)
+    plan = _plan_of(config, location)
+    kwargs = location.kwargs
+    if location.gguf_file is None:
+        kwargs["use_safetensors"] = True
+        _require_safetensors(location)
+        if device_map != "cpu":
+            kwargs["device_map"] = device_map
+    elif torch_dtype == "auto":
+        torch_dtype = torch.float32
+    with _reading(location.name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location.folder,
+            config=config,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+        tokenizer = _read_tokenizer(location, trust_remote_code)
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(f"expected weights for all parameters in {location.name}, got none for {missing[0]}")
+    if location.gguf_file is not None:
+        _repair_gguf(model, tokenizer)
+        if device_map != "cpu":
+            model.to("cuda" if device_map == "auto" else device_map)
+        if location.prepared is not None and not location.prepared.is_dir():
+            _prepare(location.prepared, model.config, tokenizer)
+    return model, tokenizer, plan
+
+
+def load_config(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> PreTrainedConfig:
+    """The configuration alone, without weights.
+
+    Args:
+        name: anything that `load` takes, a folder with only a config.json, or the path of a config file (.json).
+        trust_remote_code: run Python code that comes with the checkpoint.
+        progress: gets one line before a download; by default it goes to stderr.
+
+    Raises:
+        CheckpointError: there is no configuration, or it is not that of a decoder-only causal language model.
+    """
+    location = locate(name, progress)
+    config = _read_config(location, trust_remote_code)
+    _require_causal(config, location.name)
+    return config
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: SharingPlan | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder that `load` and transformers read: safetensors, config, tokenizer, plan.
+
+    Everything is written into a folder beside `directory` and renamed at the end, so no half-written checkpoint is
+    ever seen. An earlier checkpoint in `directory` is replaced; other files in that folder are kept.
+
+    Args:
+        directory: where to; a folder that exists must be empty or hold a checkpoint.
+        model: weights as they are now; nothing about the model is changed.
+        tokenizer: saved beside it.
+        plan: goes into config.json as `kv_source_layers` and into plan.json. None writes neither.
+        provenance: added to the plan's own provenance in plan.json.
+
+    Raises:
+        CheckpointError: `directory` holds something else, the plan is for another model, the disk is full.
+    """
+    target = Path(os.path.realpath(Path(directory).expanduser()))
+    _require_replaceable(target)
+    if plan is not None:
+        _require_layers(plan, model.config, str(directory))
+    work = target.with_name(f".{target.name}.new-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        _write_plan(work, model.config, plan, provenance)
+        _replace(target, work)
+    except CheckpointError:
+        raise
+    except Exception as problem:  # safetensors reports a full disk with an exception type of its own
+        full = "No space left" in str(problem) or getattr(problem, "errno", None) == errno.ENOSPC
+        reason = "no space left on the disk" if full else _one_line(problem)
+        raise CheckpointError(f"expected to write the checkpoint {directory}, got {reason}") from problem
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+# Reading
+
+
+def _read_config(location: Location, trust_remote_code: bool) -> PreTrainedConfig:
+    with _reading(location.name):
+        if location.prepared is not None and location.prepared.is_dir():
+            return AutoConfig.from_pretrained(location.prepared, local_files_only=True)
+        return AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+
+
+def _read_tokenizer(location: Location, trust_remote_code: bool) -> Any:
+    if location.prepared is not None and location.prepared.is_dir():
+        return AutoTokenizer.from_pretrained(location.prepared, local_files_only=True)
+    return AutoTokenizer.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as problem:  # damaged files make the libraries below raise almost anything
+        raise CheckpointError(f"expected a readable checkpoint, got {name}: {_one_line(problem)}") from problem
+
+
+def _one_line(problem: BaseException) -> str:
+    text = " ".join(str(problem).split()) or type(problem).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _require_causal(config: PreTrainedConfig, name: str) -> None:
+    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    causal = not getattr(config, "is_encoder_decoder", False) and not architecture.endswith(_NOT_CAUSAL)
+    custom = getattr(config, "auto_map", None) or {}
+    known = "AutoModelForCausalLM" in custom or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if not causal or not known:
+        raise CheckpointError(f"expected a decoder-only causal language model, got {architecture} ({name})")
+
+
+def _require_safetensors(location: Location) -> None:
+    folder = Path(location.folder)
+    if folder.is_file():
+        raise CheckpointError(f"expected a checkpoint with weights, got the config file {location.name}")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        found = f"{pickled[0]}, which is pickled and could run code" if pickled else "none"
+        raise CheckpointError(f"expected .safetensors weights in {location.name}, got {found}")
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if dtype == "auto" or (isinstance(dtype, torch.dtype) and dtype in _DTYPES.values()):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise CheckpointError(f"expected a dtype among auto, {', '.join(_DTYPES)}, got {dtype!s}")
+
+
+def _parse_device(device: str) -> str:
+    """The device_map for from_pretrained."""
+    if device == "auto":
+        return "auto" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise CheckpointError(f"expected a device among cpu, cuda, cuda:N, auto, got {device!r}")
+    gpus, wanted = torch.cuda.device_count(), int(device.partition(":")[2] or 0)
+    if device != "cpu" and wanted >= gpus:
+        raise CheckpointError(f"expected a visible device, got {device!r} of {gpus} GPUs")
+    return device
+
+
+def _repair_gguf(model: Any, tokenizer: Any) -> None:
+    """What transformers gets wrong about a GGUF model, which it has dequantized by now."""
+    model.hf_quantizer = None  # it calls the model quantized, and refuses to save it
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for role in ("bos", "eos", "pad"):  # 5.17 gives the tokenizer another end-of-text token than the file says
+        token_id = getattr(model.config, f"{role}_token_id", None)
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False  # 5.17 would drop spaces from decoded text
+
+
+def _prepare(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keep what takes seconds to parse out of the GGUF file. Only speed is lost where this fails."""
+    work = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        work.mkdir()
+        config.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        os.replace(work, folder)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+# Plans in checkpoints
+
+
+def _plan_of(config: PreTrainedConfig, location: Location) -> SharingPlan | None:
+    sources = getattr(config, _KEY, None)
+    if sources is None:
+        sources = getattr(config.get_text_config(), _KEY, None)
+    if sources is None:
+        return None
+    try:
+        plan = SharingPlan(sources)
+        beside = Path(location.folder) / "plan.json"
+        if beside.is_file():
+            described = SharingPlan.load(beside)
+            if described != plan:
+                raise CheckpointError(f"expected plan.json and config.json in {location.name} to agree, got two plans")
+            plan = described
+    except PlanError as problem:
+        raise CheckpointError(f"expected a valid plan in {location.name}, got: {problem}") from problem
+    _require_layers(plan, config, location.name)
+    return plan
+
+
+def _require_layers(plan: SharingPlan, config: PreTrainedConfig, name: str) -> None:
+    num_layers = config.get_text_config().num_hidden_layers
+    if plan.num_layers != num_layers:
+        raise CheckpointError(f"expected a plan for the {num_layers} layers of {name}, got one for {plan.num_layers}")
+
+
+def _write_plan(
+    work: Path, config: PreTrainedConfig, plan: SharingPlan | None, provenance: Mapping[str, Any] | None
+) -> None:
+    """The plan goes into the written config.json, not into the live config: saving must not change the model."""
+    path = work / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    if plan is not None:
+        written[_KEY] = list(plan.kv_source_layers)
+        merged = {**plan.provenance, **(provenance or {})}
+        SharingPlan(plan.kv_source_layers, provenance=merged).save(work / "plan.json")
+    elif _KEY not in getattr(type(config), "__annotations__", {}):  # there it is the architecture's own field
+        written.pop(_KEY, None)
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.is_dir():
+        entries = sorted(path.name for path in target.iterdir())
+        if entries and "config.json" not in entries:
+            raise CheckpointError(f"expected a new, empty or checkpoint folder, got {target}, which holds {entries[0]}")
+    elif target.exists():
+        raise CheckpointError(f"expected a folder to write the checkpoint to, got the file {target}")
+
+
+def _replace(target: Path, work: Path) -> None:
+    """Put `work` in the place of `target`; files that are no checkpoint's move over."""
+    if not target.exists():
+        os.rename(work, target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    os.rename(target, old)
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    for path in sorted(old.iterdir()):
+        own = any(fnmatch.fnmatch(path.name, pattern) for pattern in _OWN_FILES)
+        if not own and not (target / path.name).exists():
+            os.rename(path, target / path.name)
+    shutil.rmtree(old, ignore_errors=True)

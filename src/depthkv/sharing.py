@@ -1,0 +1,332 @@
+"""`share(model, plan)` and `route(model, sampler)`: put a plan, or a fresh map per step, on a transformers model.
+
+Both set `forward` on module *instances* and nothing else: no weight, config or class is touched, so removal is exact.
+From here the next hop is `attention.LayerCache.update`, where a follower reads its source.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from depthkv import attention, prefill
+from depthkv.architectures import LayerKind, text_config
+from depthkv.attention import Context, Step
+from depthkv.cache import fit_cache
+from depthkv.decoder import Decoder, find_decoder
+from depthkv.errors import PlanError, UnsupportedModelError
+from depthkv.plan import SharingPlan
+from depthkv.routing import RoutingMap, Sampler
+
+_active: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
+"""Decoders that are shared or routed now."""
+
+_Self = TypeVar("_Self", bound="Patches")
+
+
+class Patches:
+    """Instance-level replacements of methods that can be taken back exactly; usable as a context manager."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        if decoder.module in _active:
+            what = "routed" if isinstance(_active[decoder.module], Routing) else "shared"
+            raise PlanError(f"expected a model that is neither shared nor routed, got one that is {what} already")
+        self._decoder = decoder
+        self._saved: list[tuple[nn.Module, str, bool, Any]] = []
+        _active[decoder.module] = self
+
+    def _replace(self, module: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
+        # accelerate keeps its hooks in an instance's `forward`, too: whatever is there is called and put back
+        had = name in module.__dict__
+        original = getattr(module, name)
+        self._saved.append((module, name, had, original))
+        # generate() asks for the forward's signature to know what it may pass
+        setattr(module, name, update_wrapper(wrap(original), original))
+
+    def remove(self) -> None:
+        """Restore the model exactly; calling it again does nothing."""
+        while self._saved:
+            module, name, had, original = self._saved.pop()
+            if had:
+                setattr(module, name, original)
+            else:
+                delattr(module, name)
+        if _active.get(self._decoder.module) is self:
+            del _active[self._decoder.module]
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class SharedModel(Patches):
+    """Handle that `share` returns."""
+
+    def __init__(self, decoder: Decoder, plan: SharingPlan) -> None:
+        check_plan(plan, decoder.kinds)
+        super().__init__(decoder)
+        self.plan = plan
+        """The plan in force."""
+        _guarded(self, self._apply)
+
+    def _apply(self) -> None:
+        plan, decoder, context = self.plan, self._decoder, Context()
+        refuse_reentrant_checkpointing(decoder)
+        involved = {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
+        _patch_layers(self, context, involved, set(plan.followers))
+        tail = prefill.Tail(context, decoder, plan)
+        if tail.layers:
+            head = decoder.head_with_logits_to_keep()
+            if head is not None:
+                self._replace(head, "forward", tail.wrap_head)
+                for layer in tail.layers:
+                    self._replace(decoder.layers[layer], "forward", partial(tail.wrap_layer, layer))
+        signature = inspect.signature(decoder.module.forward)
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                bound = signature.bind(*args, **kwargs).arguments
+                cache = bound.get("past_key_values")
+                if cache is not None:
+                    fit_cache(cache, plan)
+                step = Step(plan.kv_source_layers, keep_pairs=_is_checkpointed(decoder))
+                step.num_last_positions = tail.positions_needed()
+                output = _run(context, step, decoder, original, args, kwargs)
+                made = getattr(output, "past_key_values", None)
+                if made is not None:
+                    fit_cache(made, plan)
+                return output
+
+            return forward
+
+        self._replace(decoder.module, "forward", wrap)
+        for module in decoder.model.modules():
+            # generate() would allocate followers' static layers ahead of the first forward; None makes it wait
+            if hasattr(module, "_get_static_cache_init_shape"):
+                self._replace(module, "_get_static_cache_init_shape", _wait_for_first_forward)
+
+
+class Routing(Patches):
+    """Handle that `route` returns: a fresh map for every forward of the model."""
+
+    def __init__(self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool) -> None:
+        decoder = find_decoder(model)
+        super().__init__(decoder)
+        self.sampler = sampler
+        self.step = step
+        """Number of the next forward; set it to resume a run."""
+        self.last_plan = RoutingMap(tuple(range(decoder.num_layers)))
+        """The map that the last forward used."""
+        self.skip_unread = skip_unread
+        _guarded(self, self._apply)
+
+    def _apply(self) -> None:
+        decoder, context = self._decoder, Context()
+        refuse_reentrant_checkpointing(decoder)
+        everyone = set(range(decoder.num_layers))
+        _patch_layers(self, context, everyone, everyone)
+        signature = inspect.signature(decoder.module.forward)
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if signature.bind(*args, **kwargs).arguments.get("past_key_values") is not None:
+                    raise PlanError(
+                        "expected a forward without a KV cache, since routing draws a new map each time, got "
+                        "past_key_values; generate under share(model, plan) instead"
+                    )
+                kwargs["use_cache"] = False
+                sources = tuple(self.sampler.draw(self.step, decoder.kinds))
+                check_routing_map(sources, decoder.kinds)
+                self.last_plan = RoutingMap(sources)
+                self.step += 1
+                step = Step(sources, skip_unread=self.skip_unread, keep_pairs=_is_checkpointed(decoder))
+                return _run(context, step, decoder, original, args, kwargs)
+
+            return forward
+
+        self._replace(decoder.module, "forward", wrap)
+
+
+def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
+    """Make followers read their leaders' keys and values: forward, backward, `generate()`, with and without cache.
+
+    Followers compute no K or V and allocate no cache. Layers above the last leader run for those last positions only
+    whose logits were asked for (`logits_to_keep`, as `generate()` does in prefill). Exact: the logits are those of the
+    same plan with everything computed.
+
+    Args:
+        model: a decoder-only model of transformers (bare, with a head, wrapped by PEFT, or split by accelerate).
+        plan: as many layers as the model has; only layers of one kind may share.
+
+    Returns:
+        A handle; `handle.remove()` or the end of the `with` block restores the model exactly.
+
+    Raises:
+        PlanError: the plan does not fit the model, or the model is shared already.
+        UnsupportedModelError: a family that cannot share, or reentrant gradient checkpointing.
+    """
+    if not isinstance(plan, SharingPlan):
+        raise PlanError(f"expected a SharingPlan, got {type(plan).__name__}")
+    return SharedModel(find_decoder(model), plan)
+
+
+def route(model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: bool = True) -> Routing:
+    """Stochastic KV routing for training: every forward of the model draws a fresh map (arXiv:2604.22782, section 3).
+
+    Works under autograd, autocast, gradient accumulation and non-reentrant gradient checkpointing. The map is drawn
+    in evaluation mode, too; measure with `share(model, plan)` after leaving the block.
+
+    Args:
+        model: as for `share`.
+        sampler: anything with `draw(step, kinds)`, for example `RandomCrossLayer(cross_layer_prob=0.6, seed=0)`.
+        step: number of the first forward, to resume a run.
+        skip_unread: do not compute K and V that no layer reads in a step. Their weights then get no gradient in that
+            step; DistributedDataParallel wants False.
+
+    Raises:
+        PlanError: the model is shared or routed already, or the sampler drew an invalid map.
+        UnsupportedModelError: as for `share`.
+    """
+    if not callable(getattr(sampler, "draw", None)):
+        raise PlanError(f"expected a sampler with a method draw(step, kinds), got {type(sampler).__name__}")
+    return Routing(model, sampler, step, skip_unread)
+
+
+def check_plan(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> None:
+    """Raise `PlanError` unless `plan` fits layers of these kinds."""
+    if plan.num_layers != len(kinds):
+        raise PlanError(f"expected a plan for {len(kinds)} layers, got one for {plan.num_layers}")
+    _check_kinds(plan.kv_source_layers, kinds)
+
+
+def check_routing_map(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None:
+    """Raise `PlanError` unless every layer reads itself or an earlier layer of its kind."""
+    if len(sources) != len(kinds):
+        raise PlanError(f"expected the sampler to draw {len(kinds)} sources, got {len(sources)}")
+    for layer, source in enumerate(sources):
+        if not 0 <= source <= layer:
+            raise PlanError(f"expected layer {layer} to read itself or an earlier layer, got layer {source}")
+    _check_kinds(sources, kinds)
+
+
+def _check_kinds(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None:
+    for layer, source in enumerate(sources):
+        if kinds[layer] != kinds[source]:
+            raise PlanError(
+                f"expected layer {layer} ({kinds[layer]}) to read a layer of its own kind, got layer {source} "
+                f"({kinds[source]})"
+                + (": their rotary bases differ" if str(kinds[layer]) == str(kinds[source]) else "")
+            )
+
+
+def refuse_reentrant_checkpointing(decoder: Decoder) -> None:
+    """Reentrant checkpointing detaches each layer's inputs: gradients through another layer's K and V would be lost."""
+    for layer in decoder.layers:
+        if getattr(layer, "gradient_checkpointing", False):
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            keywords = getattr(_unwrapped(function), "keywords", {})
+            if keywords.get("use_reentrant", True):
+                raise UnsupportedModelError(
+                    "expected non-reentrant gradient checkpointing, got use_reentrant=True, with which gradients "
+                    "through shared keys and values are silently wrong; call gradient_checkpointing_enable("
+                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
+
+
+def _wait_for_first_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: None
+
+
+def _unwrapped(function: Any) -> Any:
+    return getattr(function, "_depthkv_original", function)
+
+
+def _guarded(patches: Patches, apply: Callable[[], None]) -> None:
+    try:
+        apply()
+    except BaseException:
+        patches.remove()
+        raise
+
+
+def _patch_layers(patches: Patches, context: Context, attending: set[int], skipping: set[int]) -> None:
+    """Patch the attention of layers in `attending`, and the K and V projections of those in `skipping`."""
+    decoder = patches._decoder
+    family = decoder.family
+    for layer in sorted(attending):
+        module = decoder.attention(layer)
+        patches._replace(module, "forward", partial(attention.attention_forward, context, layer, family.cache_argument))
+        if layer not in skipping:
+            continue
+        kind = decoder.kinds[layer]
+        if family.fused is not None:
+            fused = getattr(module, family.fused)
+            heads = text_config(decoder.config).num_attention_heads
+            layout = attention.FusedLayout(projection=fused, family=family, num_heads=heads, head_dim=kind.head_dim)
+            patches._replace(fused, "forward", partial(attention.fused_forward, context, layer, layout))
+        else:
+            width = kind.kv_heads * kind.head_dim
+            for name in (family.k_proj, family.v_proj):
+                projection = getattr(module, name)
+                patches._replace(projection, "forward", partial(attention.projection_forward, context, layer, width))
+        norm = getattr(module, family.k_norm, None) if family.k_norm else None
+        if isinstance(norm, nn.Module):
+            patches._replace(norm, "forward", partial(attention.norm_forward, context, layer))
+
+
+def _is_checkpointed(decoder: Decoder) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return decoder.has_checkpoint_wrapper or any(
+        getattr(layer, "gradient_checkpointing", False) and layer.training for layer in decoder.layers
+    )
+
+
+def _run(
+    context: Context, step: Step, decoder: Decoder, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    context.latest = None
+    if not step.keep_pairs:
+        with context.bound(step):
+            return original(*args, **kwargs)
+    refuse_reentrant_checkpointing(decoder)
+    # transformers' checkpointing layers recompute through their own function: bind this step in it, so that several
+    # forwards before one backward each find their own pairs again. Other checkpoint wrappers find the latest step.
+    saved: list[tuple[Any, Any]] = []
+    layers: list[Any] = decoder.layers
+    for layer in layers:
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if function is not None and getattr(layer, "gradient_checkpointing", False):
+            saved.append((layer, function))
+            layer._gradient_checkpointing_func = _bound_checkpoint(context, step, function)
+    try:
+        with context.bound(step):
+            output = original(*args, **kwargs)
+    finally:
+        for layer, function in saved:
+            layer._gradient_checkpointing_func = function
+    context.latest = step
+    return output
+
+
+def _bound_checkpoint(context: Context, step: Step, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def with_step(*inputs: Any, **options: Any) -> Any:
+            with context.bound(step):
+                return function(*inputs, **options)
+
+        return checkpoint(with_step, *args, **kwargs)
+
+    run._depthkv_original = checkpoint  # type: ignore[attr-defined]
+    return run
