@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +254,20 @@ def test_handle_and_double_share(model: PreTrainedModel) -> None:
     with pytest.raises(RuntimeError, match="boom"), share(model, PLAN):
         raise RuntimeError("boom")
     share(model, PLAN).remove()
+
+
+def test_a_shared_model_is_neither_copied_nor_kept_alive() -> None:
+    model = tiny_model("llama")
+    handle = share(model, PLAN)
+    with pytest.raises(PlanError, match="to copy or pickle"):
+        copy.deepcopy(model)
+    handle.remove()
+    copy.deepcopy(model)
+    share(model, PLAN)
+    alive = weakref.ref(model)
+    del model, handle
+    gc.collect()
+    assert alive() is None
 
 
 def test_bare_decoder_and_lazy_cache(model: PreTrainedModel) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,8 +24,8 @@ from depthkv.errors import PlanError, UnsupportedModelError
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
 
-_active: WeakKeyDictionary[nn.Module, Patches] = WeakKeyDictionary()
-"""Decoders that are shared or routed now."""
+_ACTIVE = "_depthkv_patches"
+"""Attribute of a shared or routed decoder that holds its `Patches`."""
 
 _Self = TypeVar("_Self", bound="Patches")
 
@@ -35,12 +34,13 @@ class Patches:
     """Instance-level replacements of methods that can be taken back exactly; usable as a context manager."""
 
     def __init__(self, decoder: Decoder) -> None:
-        if decoder.module in _active:
-            what = "routed" if isinstance(_active[decoder.module], Routing) else "shared"
+        active = getattr(decoder.module, _ACTIVE, None)
+        if active is not None:
+            what = "routed" if isinstance(active, Routing) else "shared"
             raise PlanError(f"expected a model that is neither shared nor routed, got one that is {what} already")
         self._decoder = decoder
         self._saved: list[tuple[nn.Module, str, bool, Any]] = []
-        _active[decoder.module] = self
+        setattr(decoder.module, _ACTIVE, self)
 
     def _replace(self, module: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
         # accelerate keeps its hooks in an instance's `forward`, too: whatever is there is called and put back
@@ -58,8 +58,14 @@ class Patches:
                 setattr(module, name, original)
             else:
                 delattr(module, name)
-        if _active.get(self._decoder.module) is self:
-            del _active[self._decoder.module]
+        if getattr(self._decoder.module, _ACTIVE, None) is self:
+            delattr(self._decoder.module, _ACTIVE)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        # a copy of the model would keep calling the original's layers
+        raise PlanError(
+            "expected a model that is not shared or routed to copy or pickle, got one that is; remove() first"
+        )
 
     def __enter__(self: _Self) -> _Self:
         return self
