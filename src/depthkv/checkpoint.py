@@ -192,7 +192,10 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # damaged files make the libraries below raise almost anything
-        raise CheckpointError(f"expected a readable checkpoint, got {name}: {_one_line(problem)}") from problem
+        reason = _one_line(problem)
+        if "trust_remote_code" in str(problem):
+            reason = "it runs its own Python code, which needs trust_remote_code=True"
+        raise CheckpointError(f"expected a readable checkpoint, got {name}: {reason}") from problem
 
 
 def _one_line(problem: BaseException) -> str:

