@@ -1,0 +1,155 @@
+"""The recipe: every knob of a training run, its budget and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from depthkv.decoder import Decoder
+from depthkv.errors import DepthKVError
+
+TRAINABLE = ("all", "layers", "attention", "query-output")
+DECAYS = ("cosine", "linear")
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Settings of `adapt`; exactly one of `max_tokens` and `max_minutes` is the budget.
+
+    Raises:
+        DepthKVError: a value outside its range; the error names it.
+    """
+
+    max_tokens: int | None = None
+    """Training tokens; reproducible to the bit on the same machine."""
+    max_minutes: float | None = None
+    """Wall-clock minutes of training, without the time that `on_step` takes. The schedule follows the clock, so the
+    learning rate always completes its decay."""
+    learning_rate: float = 6e-4
+    """Peak of the schedule."""
+    cross_layer_prob: float = 0.6
+    """Probability that a layer leaves its own KV in a step; used when no sampler is given."""
+    seed: int = 0
+    """Of the routing maps and of the order of the data."""
+    batch_size: int = 4
+    """Blocks in one forward; every forward draws a routing map."""
+    accumulate_steps: int = 1
+    """Forwards in one optimizer step."""
+    block_size: int = 512
+    """Tokens in one block."""
+    warmup_fraction: float = 0.03
+    """Part of the budget in which the learning rate rises linearly."""
+    decay: str = "cosine"
+    """Shape of the fall after warm-up: "cosine" or "linear"."""
+    final_lr_fraction: float = 0.05
+    """Learning rate at the end, as a fraction of `learning_rate`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    weight_decay: float = 0.0
+    """AdamW's, on matrices only."""
+    grad_clip: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+    trainable: str = "all"
+    """Which weights train: "all", "layers" (all but embeddings, head and final norm), "attention" or "query-output"
+    (attention without what makes K and V)."""
+    precision: str = "auto"
+    """"bf16": autocast over fp32 weights, "fp32", or "auto": bf16 where the processor has instructions for it."""
+    save_every_minutes: float = 10.0
+    """Minutes between two saves of the state, where `adapt` has a `resume_dir`."""
+
+    def __post_init__(self) -> None:
+        if (self.max_tokens is None) == (self.max_minutes is None):
+            got = "neither" if self.max_tokens is None else "both"
+            raise DepthKVError(f"expected one budget, max_tokens or max_minutes, got {got}")
+        for name in ("batch_size", "accumulate_steps"):
+            _integer(name, getattr(self, name), 1)
+        _integer("seed", self.seed, None)
+        _integer("block_size", self.block_size, 2)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
+        for name in ("learning_rate", "max_minutes", "save_every_minutes", "grad_clip"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > 0):
+                raise DepthKVError(f"expected {name} above 0, got {value!r}")
+        if not _is_number(self.weight_decay) or self.weight_decay < 0:
+            raise DepthKVError(f"expected weight_decay of at least 0, got {self.weight_decay!r}")
+        for name in ("warmup_fraction", "final_lr_fraction", "cross_layer_prob"):
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise DepthKVError(f"expected {name} between 0 and 1, got {value!r}")
+        if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
+            raise DepthKVError(f"expected two betas between 0 and 1, got {self.betas!r}")
+        for name, choices in (("trainable", TRAINABLE), ("decay", DECAYS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in choices:
+                raise DepthKVError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.accumulate_steps * self.block_size
+
+    def learning_rate_at(self, progress: float) -> float:
+        """The learning rate when `progress` (0 to 1) of the budget will be used after the step."""
+        if progress < self.warmup_fraction:
+            # by the clock, the first step's length is unknown: it gets a tenth of the peak rather than nothing
+            return self.learning_rate * max(progress / self.warmup_fraction, 0.1)
+        rest = (min(progress, 1.0) - self.warmup_fraction) / max(1e-9, 1 - self.warmup_fraction)
+        shape = 0.5 * (1 + math.cos(math.pi * rest)) if self.decay == "cosine" else 1 - rest
+        return self.learning_rate * (self.final_lr_fraction + (1 - self.final_lr_fraction) * shape)
+
+    def uses_bf16(self, device: torch.device) -> bool:
+        """Whether forward and backward run under bf16 autocast on this device."""
+        return self.precision == "bf16" or (self.precision == "auto" and has_fast_bf16(device))
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 are faster than in fp32: recent GPUs, and CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type != "cpu":
+        return False
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and bool(check()) for check in checks)
+
+
+def trainable_parameters(model: nn.Module, decoder: Decoder, trainable: str) -> dict[str, nn.Parameter]:
+    """The weights that `AdaptConfig.trainable` selects, by name; those that the caller froze stay out.
+
+    Raises:
+        DepthKVError: nothing is left to train, or "query-output" on a family with one projection for Q, K and V.
+    """
+    family = decoder.family
+    if trainable == "all":
+        modules: list[nn.Module] = [model]
+    elif trainable == "layers":
+        modules = list(decoder.layers)
+    else:
+        modules = [decoder.attention(layer) for layer in range(decoder.num_layers)]
+    chosen = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
+    if trainable == "query-output":
+        if family.fused is not None:
+            raise DepthKVError(
+                f'expected a model with its own query projection for trainable "query-output", got {family.fused}'
+            )
+        for module in modules:
+            for name in (family.k_proj, family.v_proj, family.k_norm):
+                if name is not None:
+                    chosen -= {id(parameter) for parameter in getattr(module, name).parameters()}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    if not parameters:
+        raise DepthKVError(f"expected weights to train ({trainable}), got none that require gradients")
+    return parameters
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _integer(name: str, value: object, least: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise DepthKVError(f"expected {name} as an integer{at_least}, got {value!r}")

@@ -1,0 +1,173 @@
+"""Next-token cross entropy without ever holding the logits of a whole batch.
+
+With a vocabulary of 49k, the logits of 4 x 512 tokens take 400 MB in fp32, their gradient as much again. Here a chunk
+of rows goes through the head, its loss and its gradient are taken at once, and the buffers serve the next chunk. The
+result is the same sum: no approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+_CHUNK_ELEMENTS = 2**25
+"""Logits of one chunk: 128 MB in fp32. Larger is no faster, smaller makes thin matrix products."""
+_ADD_ROWS = 2048
+
+LossFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of `hidden @ weight.T + bias`; gradients are computed in forward, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        chunk = -(-rows // -(-rows * vocabulary // _CHUNK_ELEMENTS))  # equal chunks
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden_low, weight_low = hidden.detach().to(dtype), weight.detach().to(dtype)
+            wide_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            loss = torch.zeros((), dtype=wide_dtype, device=hidden.device)
+            grad_hidden = torch.empty_like(hidden_low) if needs_hidden else None
+            grad_weight = torch.zeros_like(weight) if needs_weight else None
+            product = torch.empty_like(weight_low) if needs_weight else None
+            grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
+            low = hidden_low.new_empty(chunk, vocabulary)
+            wide = low if dtype == wide_dtype else torch.empty_like(low, dtype=wide_dtype)
+            for start in range(0, rows, chunk):
+                some = hidden_low[start : start + chunk]
+                index = targets[start : start + chunk, None]
+                logits, scores = low[: len(some)], wide[: len(some)]
+                torch.mm(some, weight_low.T, out=logits)
+                if bias is not None:
+                    logits += bias.detach()
+                if scores is not logits:
+                    scores.copy_(logits)
+                largest = scores.amax(dim=-1, keepdim=True)
+                target_scores = scores.gather(1, index)
+                total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+                loss += (total.log() + largest - target_scores).sum()
+                # scores becomes the gradient: (softmax - one at the target) / rows
+                scores.mul_((1 / rows) / total)
+                scores.scatter_add_(1, index, scores.new_full((len(some), 1), -1 / rows))
+                if grad_bias is not None:
+                    grad_bias += scores.sum(dim=0)
+                if scores is not logits:
+                    logits.copy_(scores)
+                if grad_hidden is not None:
+                    torch.mm(logits, weight_low, out=grad_hidden[start : start + chunk])
+                if grad_weight is not None and product is not None:
+                    torch.mm(logits.T, some, out=product)
+                    # in pieces: adding bf16 to fp32 makes an fp32 copy, which then stays in the processor's cache
+                    for first in range(0, vocabulary, _ADD_ROWS):
+                        grad_weight[first : first + _ADD_ROWS] += product[first : first + _ADD_ROWS]
+        ctx.gradients = [grad_hidden.to(hidden.dtype) if grad_hidden is not None else None, grad_weight, grad_bias]
+        return loss / rows
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        gradients = ctx.gradients
+        del ctx.gradients  # in place below, so once only
+        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy in nats of a linear head, equal to `cross_entropy(linear(hidden, weight, bias), targets)`.
+
+    Args:
+        hidden: `[rows, hidden_size]`.
+        weight: `[vocabulary, hidden_size]`; `bias` is `[vocabulary]` or None.
+        targets: `[rows]`, token ids.
+        dtype: of the matrix products; None takes the weight's. Soft-max and loss are in fp32 (fp64 for fp64).
+
+    Returns:
+        A scalar that can be differentiated once.
+    """
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, dtype or weight.dtype)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@contextmanager
+def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFunction]:
+    """A function from tokens `[batch, tokens]` to the mean loss of predicting each from those before it.
+
+    Where the model gives out its linear head's result unchanged, the head hands over its input and the loss is taken in
+    chunks; otherwise (soft-capped or scaled logits, an adapter on the head) from the model's own logits. On exit the
+    head is as before.
+    """
+    head = _plain_head(model)
+    if head is None:
+
+        def from_logits(tokens: torch.Tensor) -> torch.Tensor:
+            logits = model(input_ids=tokens, use_cache=False).logits
+            return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device))
+
+        yield from_logits
+        return
+
+    seen: list[torch.Tensor] = []
+
+    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden)
+        return hidden[..., :1]  # stands in for logits that nobody reads
+
+    def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
+        seen.clear()
+        model(input_ids=tokens, use_cache=False)
+        (hidden,) = seen
+        seen.clear()
+        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        return chunked_cross_entropy(rows, head.weight, head.bias, tokens[:, 1:].flatten().to(rows.device), dtype)
+
+    head.forward = keep_input  # type: ignore[method-assign, assignment]
+    try:
+        yield from_hidden
+    finally:
+        del head.forward
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
+    """The model's head, if it is a plain linear layer whose result the model returns as it is."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    if type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_pre_hooks or head._forward_hooks:
+        return None
+    # hand the model logits over a wide range: a cap, a scale or a cast to another type would change them
+    probe = torch.linspace(-997.0, 991.0, head.out_features, device=head.weight.device)
+    calls = []
+
+    def give_probe(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(hidden)
+        return probe.expand(*hidden.shape[:-1], -1)
+
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+    training = model.training
+    model.eval()  # dropout would use up random numbers, and a resumed run would see others
+    head.forward = give_probe  # type: ignore[method-assign, assignment]
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        del head.forward
+        model.train(training)
+    same = len(calls) == 1 and calls[0].shape[:-1] == logits.shape[:-1] and logits.shape[-1] == head.out_features
+    return head if same and torch.equal(logits.float(), probe.expand_as(logits)) else None

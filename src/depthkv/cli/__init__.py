@@ -1,0 +1,96 @@
+"""The command line: `depthkv COMMAND`. Thin: every command checks its input, calls the library and shows the result.
+
+Bad input exits with 2 and one line on stderr, Ctrl-C with 130. An internal error keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import torch
+import typer
+
+from depthkv.cli.measure import bench_command, evaluate_command, generate_command, inspect_command
+from depthkv.cli.train import adapt_command, demo_command
+from depthkv.errors import DepthKVError
+
+__all__ = ["app", "main"]
+
+# typer brings its own copy of click since 0.2x; by this name the base of its usage errors is found in either
+_ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+app = typer.Typer(
+    name="depthkv",
+    help="Keep the KV cache of only some layers of a language model, train it for that, measure the cost.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
+app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
+app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
+app.command("evaluate", short_help="Perplexity at several retentions.")(evaluate_command)
+app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
+app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    _quiet_libraries()
+    arguments = _spread_retentions(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(args=arguments or ["--help"], prog_name="depthkv", standalone_mode=False)
+    except DepthKVError as error:
+        return _fail(str(error))
+    except _ClickException as error:
+        return _fail(getattr(error, "format_message", error.__str__)())
+    except torch.OutOfMemoryError as error:
+        return _fail(f"expected enough memory on the device, got: {error}")
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nothing must be flushed into it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    if code == 130:
+        print("depthkv: interrupted", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"depthkv: {line}", file=sys.stderr)
+    return 2
+
+
+def _spread_retentions(arguments: Sequence[str]) -> list[str]:
+    """`--retention 1 .5 .33` as one option per number, which is what the parser knows."""
+    spread: list[str] = []
+    taking = False
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return spread + list(arguments[i:])
+        if taking and (_NUMBER.fullmatch(argument) or arguments[i - 1] == "--retention"):
+            spread.append(f"--retention={argument}")
+        elif argument == "--retention" and i + 1 < len(arguments):
+            taking = True
+        else:
+            taking = False
+            spread.append(argument)
+    return spread
+
+
+def _quiet_libraries() -> None:
+    """Only what goes wrong is worth a line on stderr; progress is shown by the commands themselves."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,236 @@
+"""Options that commands share, and checks that run before anything slow does."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedConfig
+
+from depthkv.architectures import LayerKind, layer_kinds, text_config
+from depthkv.checkpoint import load_config
+from depthkv.cli.output import show
+from depthkv.data import resolve_data, split_documents, token_blocks
+from depthkv.errors import DataError, DepthKVError
+from depthkv.plan import SharingPlan
+from depthkv.sharing import check_plan
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+CURVE_RETENTIONS = (1.0, 0.5, 0.33, 0.25)
+"""Retentions of the curve where none are asked for."""
+
+
+# Values
+
+
+def count(text: str | int) -> int:
+    """A whole number of at least 1."""
+    return _whole(text, 1)
+
+
+def count_or_none(text: str | int) -> int:
+    """A whole number of at least 0."""
+    return _whole(text, 0)
+
+
+def integer(text: str | int) -> int:
+    """Any whole number."""
+    return _whole(text, None)
+
+
+def _whole(text: str | int, least: int | None) -> int:
+    try:
+        value = int(text)
+        if least is not None and value < least:
+            raise ValueError
+    except ValueError:
+        of = "" if least is None else f" of at least {least}"
+        raise typer.BadParameter(f"expected a whole number{of}, got {text!r}") from None
+    return value
+
+
+def positive(text: str | float) -> float:
+    """A number above 0."""
+    return _real(text, "a number above 0", lambda value: value > 0)
+
+
+def not_negative(text: str | float) -> float:
+    """A number of at least 0."""
+    return _real(text, "a number of at least 0", lambda value: value >= 0)
+
+
+def probability(text: str | float) -> float:
+    """A number from 0 to 1."""
+    return _real(text, "a number from 0 to 1", lambda value: 0 <= value <= 1)
+
+
+def retention_value(text: str | float) -> float:
+    """A number above 0 and at most 1."""
+    return _real(text, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+def _real(text: str | float, what: str, valid: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+        if not math.isfinite(value) or not valid(value):
+            raise ValueError
+    except ValueError:
+        raise typer.BadParameter(f"expected {what}, got {str(text)!r}") from None
+    return value
+
+
+def dtype_name(text: str) -> str:
+    """ "auto" or a name that torch knows."""
+    if text != "auto" and text not in DTYPES:
+        raise typer.BadParameter(f"expected a dtype among auto, {', '.join(DTYPES)}, got {text!r}")
+    return text if text == "auto" else str(DTYPES[text]).removeprefix("torch.")
+
+
+def json_path(text: str | Path) -> Path:
+    """A file that can be written, checked before the work and not after it."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise typer.BadParameter(f"expected a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"expected a file in an existing folder, got {path}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"expected a file that can be written, got {path}")
+    return path
+
+
+# Options
+
+
+def option(name: str, parser: Callable[[Any], Any], metavar: str, text: str) -> Any:
+    """An option whose value goes through `parser`."""
+    return typer.Option(name, parser=parser, metavar=metavar, help=text)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2-135m.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="DATA", help="Text: a file, a folder or builtin:anarchism, builtin:brown, builtin:fallback."
+    ),
+]
+PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]
+Retention = Annotated[
+    float | None, option("--retention", retention_value, "R", "Keep this share of the layers, evenly spaced.")
+]
+Retentions = Annotated[
+    list[float] | None,
+    option("--retention", retention_value, "R...", "Shares of layers to keep, such as 1 .5 .33 .25."),
+]
+Json = Annotated[Path | None, option("--json", json_path, "FILE", "Write the figures to this file, too.")]
+Dtype = Annotated[str, option("--dtype", dtype_name, "DTYPE", "auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, option("--batch-size", count, "N", "Blocks in one forward.")]
+BlockSize = Annotated[int, option("--block-size", count, "N", "Tokens in one block.")]
+Seed = Annotated[int, option("--seed", integer, "N", "Of everything random.")]
+
+
+# Models, plans and text
+
+
+@contextmanager
+def naming(what: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the file or option in question in front of errors that do not name it."""
+    try:
+        yield
+    except DepthKVError as error:
+        if os.fspath(what) in str(error):
+            raise
+        raise type(error)(f"{os.fspath(what)}: {error}") from error
+
+
+def read_config(model: str) -> tuple[PreTrainedConfig, tuple[LayerKind, ...]]:
+    """The config and its layers' kinds; refuses models that cannot share before their weights are read."""
+    with naming(model):
+        config = load_config(model, progress=show)
+        return config, layer_kinds(config)
+
+
+def read_plan(path: Path, kinds: tuple[LayerKind, ...]) -> SharingPlan:
+    """A plan file that fits layers of these kinds."""
+    with naming(path):
+        plan = SharingPlan.load(path)
+        check_plan(plan, kinds)
+    return plan
+
+
+def own_plan(config: PreTrainedConfig) -> SharingPlan | None:
+    """The plan that a checkpoint's config carries."""
+    sources = getattr(config, "kv_source_layers", None)
+    return None if sources is None else SharingPlan(sources)
+
+
+def refuse_both(plan: object, retention: object) -> None:
+    """`--plan` and `--retention` say the same thing in two ways."""
+    if plan and retention is not None:
+        raise DepthKVError("expected --plan or --retention, got both")
+
+
+def choose_plan(
+    path: Path | None,
+    retention: float | None,
+    config: PreTrainedConfig,
+    kinds: tuple[LayerKind, ...],
+    default: float,
+) -> SharingPlan:
+    """One plan: the file's, the retention's, the checkpoint's own, or that of `default`, in this order."""
+    refuse_both(path, retention)
+    if path is not None:
+        return read_plan(path, kinds)
+    if retention is None and (own := own_plan(config)) is not None:
+        return own
+    return SharingPlan.for_retention(default if retention is None else retention, kinds)
+
+
+def choose_plans(
+    path: Path | None,
+    retentions: Sequence[float] | None,
+    config: PreTrainedConfig,
+    kinds: tuple[LayerKind, ...],
+) -> list[SharingPlan]:
+    """The plans of a retention curve: the file's, or one per retention, or the usual ones and the checkpoint's own."""
+    refuse_both(path, retentions)
+    if path is not None:
+        return [read_plan(path, kinds)]
+    plans = [SharingPlan.for_retention(r, kinds) for r in (retentions or CURVE_RETENTIONS)]
+    own = own_plan(config)
+    if retentions is None and own is not None and own not in plans:
+        plans.append(own)
+    return plans
+
+
+def require_positions(config: PreTrainedConfig, tokens: int, what: str) -> None:
+    """Refuse sequences longer than the model has positions for: many models then fail or write nonsense."""
+    most = getattr(text_config(config), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most:
+        raise DepthKVError(f"expected {what} of at most the {most} positions of the model, got {tokens}")
+
+
+def held_out_blocks(name: str, tokenizer: Any, block_size: int, all_text: bool = False) -> torch.Tensor:
+    """Blocks of the held-out documents of `name`, or of all its text, `[blocks, block_size]`."""
+    with naming(name):
+        documents = resolve_data(name, progress=show)
+        chosen = documents if all_text else split_documents(documents)[1]
+        try:
+            return token_blocks(chosen, tokenizer, block_size)
+        except DataError as error:
+            where = "" if all_text else " (in the tenth that is held out; --all-text uses everything)"
+            raise DataError(f"{error}{where}") from error

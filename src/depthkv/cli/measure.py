@@ -1,0 +1,304 @@
+"""Commands that leave the model as it is: inspect, evaluate, generate, bench."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from depthkv.bench import ARMS, BenchConfig, BenchResult, bench
+from depthkv.checkpoint import load
+from depthkv.cli import inputs
+from depthkv.cli.inputs import count, naming, option
+from depthkv.cli.output import console, curve_table, json_line, progress_bar, show, table, waiting, write_json
+from depthkv.errors import DepthKVError
+from depthkv.evaluate import retention_curve, spread_blocks
+from depthkv.inspect_model import Inspection, default_plans, inspect_model, layer_ranges
+from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
+from depthkv.sharing import share
+
+
+def inspect_command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file, builtin:NAME or just a config.json.")
+    ],
+    context: Annotated[
+        int | None, option("--context", count, "N", "Tokens per sequence.  [default: all positions]")
+    ] = None,
+    batch: Annotated[int, option("--batch", count, "N", "Sequences.")] = 1,
+    dtype: inputs.Dtype = "auto",
+    memory: Annotated[
+        str | None, typer.Option("--memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB.")
+    ] = None,
+    plan: inputs.PlanFile = None,
+    json_file: inputs.Json = None,
+) -> None:
+    """Layers, KV bytes per token, what can share with what, and what fits into a memory size. Reads no weights."""
+    try:
+        room = None if memory is None else parse_bytes(memory)
+    except DepthKVError as error:
+        raise DepthKVError(f"--memory: {error}") from error
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        plans = default_plans(config)
+        if plan is not None:
+            plans = [plans[0], (plan.name, inputs.read_plan(plan, kinds))]
+        stored: Any = getattr(config, "dtype", None) or torch.bfloat16
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        inspection = inspect_model(
+            config,
+            plans,
+            dtype=stored if dtype == "auto" else inputs.DTYPES[dtype],
+            context=context or positions or 4096,
+            batch=batch,
+            memory=room,
+        )
+    write_json(json_file, {"model": model, **inspection.to_dict()})
+    _show_inspection(model, inspection)
+
+
+def _show_inspection(model: str, found: Inspection) -> None:
+    out = console()
+    dtype = str(found.dtype).removeprefix("torch.")
+    weights = "unknown size" if found.weight_bytes is None else format_bytes(found.weight_bytes)
+    parameters = "" if found.num_parameters is None else f"{found.num_parameters / 1e9:.3g} billion parameters, "
+    quantized = ", more than its quantized checkpoint" if found.is_quantized else ""
+    total = sum(len(group.layers) * group.bytes_per_token for group in found.groups)
+    out.print(f"{model}: {found.model_type}, {found.num_layers} layers", style="bold", markup=False)
+    out.print(f"weights: {parameters}{weights} in {dtype}{quantized}")
+    out.print(f"cache: {format_bytes(total)} per token in {dtype}, all layers together\n")
+    rows = [
+        [
+            layer_ranges(group.layers),
+            str(len(group.layers)),
+            group.kind.attention.replace("_attention", "").replace("_", " ")
+            + ("" if group.kind.window is None else f", {group.kind.window} tokens"),
+            group.rope_base,
+            f"{group.kind.kv_heads} x {group.kind.head_dim}",
+            format_bytes(group.bytes_per_token),
+        ]
+        for group in found.groups
+    ]
+    headings = ["these can share", "layers", "attention", "rotary base", "KV heads", "per token and layer"]
+    out.print(table(headings, rows, "What can share with what"))
+    sequences = "1 sequence" if found.batch == 1 else f"{found.batch} sequences"
+    headings = ["plan", "layers kept", "per token", "cache"]
+    if found.memory is not None:
+        headings += ["sequences", "longest context"]
+    rows = []
+    for cost in found.costs:
+        kept = f"{len(cost.plan.leaders)} of {found.num_layers} ({cost.plan.retention:.0%})"
+        row = [cost.name, kept, format_bytes(cost.bytes_per_token), format_bytes(cost.cache_bytes)]
+        if found.memory is not None:
+            longest = "any" if cost.longest_context is None else f"{cost.longest_context:,}"
+            row += [f"{cost.sequences:,}", longest]
+        rows.append(row)
+    out.print()
+    out.print(table(headings, rows, f"Cache of {sequences} of {found.context:,} tokens"))
+    if found.memory is not None:
+        counted = "weights and cache" if found.weight_bytes is not None else "cache alone, the weights are unknown"
+        out.print(
+            f"In {format_bytes(found.memory)}, counting {counted}: this many sequences of {found.context:,} tokens, "
+            f"or this context for {sequences}."
+        )
+        if found.weight_bytes is not None and found.weight_bytes > found.memory:
+            out.print("The weights alone need more.")
+        longest_all = [cost.longest_context for cost in found.costs]
+        if found.max_positions is not None and any(n is None or n > found.max_positions for n in longest_all):
+            out.print(f"The model itself is made for {found.max_positions:,} positions.")
+    out.print()
+    for cost in found.costs[1:]:
+        out.print(f"{cost.name}: {cost.plan.diagram()}", markup=False, soft_wrap=True)
+
+
+def evaluate_command(
+    model: inputs.Model,
+    data: inputs.Data,
+    plan: inputs.PlanFile = None,
+    retention: inputs.Retentions = None,
+    blocks: Annotated[int, option("--blocks", count, "N", "Blocks of text, spread over the held-out documents.")] = 16,
+    block_size: inputs.BlockSize = 512,
+    batch_size: inputs.BatchSize = 4,
+    all_text: Annotated[bool, typer.Option("--all-text", help="All of the text, not only the tenth held out.")] = False,
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = "auto",
+    json_file: inputs.Json = None,
+) -> None:
+    """Perplexity of text under one plan, or at several retentions: the retention curve."""
+    inputs.refuse_both(plan, retention)
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        plans = inputs.choose_plans(plan, retention, config, kinds)
+        inputs.require_positions(config, block_size, "--block-size")
+    with waiting(f"loading {model}"):
+        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
+        text = inputs.held_out_blocks(data, tokenizer, block_size, all_text)
+    text = spread_blocks(text, blocks)
+    with naming(model), progress_bar("evaluating", len(plans) * len(text)) as advance:
+        rows = retention_curve(loaded, text, plans, batch_size=batch_size, progress=advance)
+    held_out = "all text" if all_text else "held out"
+    shown = str(loaded.dtype).removeprefix("torch.")
+    figures = {
+        "model": model,
+        "data": data,
+        "held_out": not all_text,
+        "blocks": len(text),
+        "block_size": block_size,
+        "dtype": shown,
+        "rows": [row.to_dict() for row in rows],
+    }
+    write_json(json_file, figures)
+    out = console()
+    out.print(f"{model} on {data} ({held_out}): {len(text)} blocks of {block_size} tokens, {shown}", markup=False)
+    out.print(curve_table(rows, len(kinds)))
+
+
+def generate_command(
+    model: inputs.Model,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the text goes on from.")],
+    plan: inputs.PlanFile = None,
+    retention: inputs.Retention = None,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", count, "N", "Most tokens to write.")] = 64,
+    temperature: Annotated[
+        float, option("--temperature", inputs.not_negative, "T", "0 takes the likeliest token.")
+    ] = 0.0,
+    seed: inputs.Seed = 0,
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = "auto",
+    json_file: inputs.Json = None,
+) -> None:
+    """Text, and the size of the cache that it took.
+
+    Without --plan or --retention, the checkpoint's own plan holds, if it has one.
+    """
+    inputs.refuse_both(plan, retention)
+    if not prompt.strip():
+        raise DepthKVError(f"--prompt: expected text, got {prompt!r}")
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        chosen = inputs.choose_plan(plan, retention, config, kinds, default=1.0)
+    with waiting(f"loading {model}"):
+        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    prompt_tokens = encoded["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise DepthKVError(f"--prompt: expected text that the tokenizer knows, got {prompt!r}")
+    inputs.require_positions(config, prompt_tokens + max_new_tokens, "--prompt and --max-new-tokens together")
+    torch.manual_seed(seed)
+    settings = _generation_settings(loaded, tokenizer, temperature)
+    with naming(model), share(loaded, chosen), waiting("writing"):
+        result: Any = loaded.generate(
+            **encoded, generation_config=settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+        )
+    tokens = result.sequences[0]
+    text = tokenizer.decode(tokens[prompt_tokens:], skip_special_tokens=True)
+    held = measured_cache_bytes(result.past_key_values)
+    # the last token was chosen and never read, so it is in no cache
+    full = cache_bytes(config, loaded.dtype, len(tokens) - 1)
+    figures = {
+        "model": model,
+        "prompt": prompt,
+        "text": text,
+        "retention": chosen.retention,
+        "leaders": list(chosen.leaders),
+        "peak_cache_bytes": held,
+        "full_cache_bytes": full,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(tokens) - prompt_tokens,
+    }
+    write_json(json_file, figures)
+    out = console()
+    # soft_wrap: text is for reading or for a pipe, its lines are its own
+    out.print(f"{prompt}{text}", markup=False, soft_wrap=True)
+    saved = "" if chosen.is_full else f", {full / held:.2f} times smaller than {format_bytes(full)} with every layer's"
+    out.print(
+        f"\n{prompt_tokens} + {len(tokens) - prompt_tokens} tokens; cache {format_bytes(held)}{saved}; "
+        f"{len(chosen.leaders)} of {len(kinds)} layers keep one",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _generation_settings(model: Any, tokenizer: Any, temperature: float) -> Any:
+    """The checkpoint's own settings, made greedy or set to the temperature."""
+    import copy
+
+    settings = copy.deepcopy(model.generation_config)
+    settings.do_sample = temperature > 0
+    settings.temperature = temperature if temperature > 0 else None
+    if not settings.do_sample:
+        settings.top_p = settings.top_k = None  # they only mean something in sampling, and transformers warns of them
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return settings
+
+
+def bench_command(
+    model: inputs.Model,
+    plan: inputs.PlanFile = None,
+    retention: inputs.Retention = None,
+    prompt_tokens: Annotated[int, option("--prompt-tokens", count, "N", "Tokens of the prompt.")] = 1024,
+    new_tokens: Annotated[int, option("--new-tokens", count, "N", "Tokens to write, 2 or more.")] = 64,
+    repeats: Annotated[int, option("--repeats", count, "N", "Measured runs of each arm.")] = 5,
+    batch_size: Annotated[int, option("--batch-size", count, "N", "Sequences decoded together.")] = 1,
+    seed: inputs.Seed = 0,
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = "auto",
+    json_file: inputs.Json = None,
+) -> None:
+    """Time to first token, decoding speed and memory, with the full and the shared cache in turns.
+
+    Without --plan or --retention, the checkpoint's own plan is measured, or every second layer.
+    """
+    inputs.refuse_both(plan, retention)
+    if new_tokens < 2:
+        raise DepthKVError(f"--new-tokens: expected at least 2, got {new_tokens}: decoding starts with the second")
+    settings = BenchConfig(
+        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, batch_size=batch_size, seed=seed
+    )
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
+        inputs.require_positions(config, prompt_tokens + new_tokens, "--prompt-tokens and --new-tokens together")
+    with waiting(f"loading {model}"):
+        loaded, _, _ = load(model, dtype=dtype, device=device, progress=show)
+    with naming(model), progress_bar("measuring", 2 * (repeats + 1)) as advance:
+        result = bench(loaded, chosen, settings, advance)
+    figures = {"model": model, **result.to_dict()}
+    write_json(json_file, figures)
+    _show_bench(model, result)
+    print(json_line(figures))
+
+
+def _show_bench(model: str, result: BenchResult) -> None:
+    formats: dict[str, tuple[str, Callable[[float], str]]] = {
+        "ttft_s": ("time to first token", lambda value: f"{value:.3f} s"),
+        "decode_tokens_per_s": ("decoding", lambda value: f"{value:.2f} tok/s"),
+        "cache_bytes": ("cache at the end", format_bytes),
+        "peak_bytes": ("peak memory", format_bytes),
+        "peak_above_start_bytes": ("of it for the run", format_bytes),
+    }
+    rows = []
+    for field, (name, shown) in formats.items():
+        row = [name]
+        for arm in ARMS:
+            median, spread = result.median(arm, field), result.spread(arm, field)
+            if median is None or spread is None:
+                row.append("not measured")
+            elif spread[0] == spread[1]:
+                row.append(shown(median))
+            else:
+                row.append(f"{shown(median)} ({shown(spread[0])} to {shown(spread[1])})")
+        ratio = result.ratio(field)
+        rows.append([*row, "" if ratio is None else f"{ratio:.3f}x"])
+    config, plan = result.config, result.plan
+    kept = f"{len(plan.leaders)} of {plan.num_layers} layers kept"
+    machine = f"{result.machine['device']}, {result.machine['threads']} threads, {result.machine['dtype']}"
+    out = console()
+    out.print(
+        f"{model}: {config.prompt_tokens} + {config.new_tokens} tokens, batch {config.batch_size}, {machine}",
+        markup=False,
+    )
+    out.print(table(["median (range)", "full", f"shared: {kept}", "shared / full"], rows))
