@@ -14,7 +14,7 @@ from depthkv.checkpoint import save
 from depthkv.plan import SharingPlan
 
 LAYERS = 4
-POSITIONS = 128
+POSITIONS = 2048
 WORDS = tuple(f"w{i}" for i in range(61))
 
 

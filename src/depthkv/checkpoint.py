@@ -33,7 +33,7 @@ from depthkv.errors import CheckpointError, PlanError
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
-__all__ = ["BUILTIN_MODELS", "load", "load_config", "save"]
+__all__ = ["BUILTIN_MODELS", "load", "load_config", "require_replaceable", "save"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -149,7 +149,7 @@ def save(
         CheckpointError: `directory` holds something else, the plan is for another model, the disk is full.
     """
     target = Path(os.path.realpath(Path(directory).expanduser()))
-    _require_replaceable(target)
+    require_replaceable(target)
     if plan is not None:
         _require_layers(plan, model.config, str(directory))
     work = target.with_name(f".{target.name}.new-{os.getpid()}")
@@ -310,7 +310,8 @@ def _write_plan(
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """Refuse folders that `save` would not write to; for a check before hours of work instead of after them."""
     if target.is_dir():
         entries = sorted(path.name for path in target.iterdir())
         if entries and "config.json" not in entries:

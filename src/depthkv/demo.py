@@ -21,14 +21,15 @@ from depthkv.architectures import layer_kinds
 from depthkv.checkpoint import load, save
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import DataError, DepthKVError
-from depthkv.evaluate import CurveRow, retention_curve
+from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
+from depthkv.files import write_text
 from depthkv.memory import format_bytes, measured_cache_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.sharing import share
 
-CPU_MINUTES = 12.0
-"""Training minutes on a CPU: with downloads, two curves and samples the demo then takes less than 15."""
+CPU_MINUTES = 11.0
+"""Training minutes on a CPU: with downloads, two curves and samples the demo then takes about 13."""
 GPU_MINUTES = 0.75
 KEEP_EVERY = (1, 2, 3, 4)
 """Plans of the curve: every k-th layer keeps its cache."""
@@ -88,8 +89,9 @@ def run_demo(
         model, tokenizer, _ = load(model_name, dtype="float32", device=device)
         train_documents, held_out_documents = split_documents(documents, seed=seed)
         train_blocks = token_blocks(train_documents, tokenizer, config.block_size)
-        held_out = token_blocks(held_out_documents, tokenizer, config.block_size)
-        held_out = held_out[_spread(len(held_out), eval_blocks)]
+        held_out: torch.Tensor = spread_blocks(
+            token_blocks(held_out_documents, tokenizer, config.block_size), eval_blocks
+        )
     kinds = layer_kinds(model.config)
     plans = [SharingPlan.every(k, len(kinds), kinds) for k in KEEP_EVERY]
     shared_plan = plans[1]
@@ -120,7 +122,7 @@ def run_demo(
         tokens_per_step = config.tokens_per_step
         plot_loss([tokens_per_step * (i + 1) for i in range(result.steps)], result.losses, out / "loss.png")
         plot_plan(shared_plan, out / "plan.png", kinds=kinds)
-        _write(out / "samples.txt", _samples_text(tokenizer.decode(prompt[0]), samples))
+        write_text(out / "samples.txt", _samples_text(tokenizer.decode(prompt[0]), samples), "sample text")
     seconds["total"] = time.perf_counter() - started
 
     figures = {
@@ -138,7 +140,7 @@ def run_demo(
         "samples": samples,
         "seconds": seconds,
     }
-    _write(out / "figures.json", json.dumps(figures, indent=2) + "\n")
+    write_text(out / "figures.json", json.dumps(figures, indent=2) + "\n", "the figures")
     # only now is everything safe that the state of the training could give back
     discard_state(out / "training")
     (out / "training").rmdir()
@@ -209,6 +211,7 @@ def _samples(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,  # an early end would make the caches incomparable
                 do_sample=False,
                 return_dict_in_generate=True,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
@@ -243,12 +246,6 @@ def _training_figures(result: AdaptResult) -> dict[str, Any]:
     }
 
 
-def _spread(num_blocks: int, wanted: int) -> list[int]:
-    """Numbers of `wanted` blocks, evenly over all of them, so that many documents take part."""
-    wanted = min(num_blocks, wanted)
-    return [i * num_blocks // wanted for i in range(wanted)]
-
-
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DepthKVError(f"expected a folder for the demo's files, got the file {out}")
@@ -259,16 +256,6 @@ def _check_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DepthKVError(f"expected to write to the folder {out}, got {error.strerror or error}") from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DepthKVError(f"expected to write {path}, got {error.strerror or error}") from error
 
 
 def _number(value: float) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthkv.errors import PlanError
+from depthkv.files import write_text
 
 if TYPE_CHECKING:
     import torch
@@ -190,20 +190,7 @@ class SharingPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `plan.json`: first beside the target, then renamed, so that no half-written plan can be seen."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                file.write(text)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise PlanError(f"expected to write the plan to {path}, got {error.strerror or error}") from error
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "the plan", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharingPlan:
@@ -279,9 +266,3 @@ def _runs(layers: Sequence[int]) -> str:
         else:
             runs.append([layer, layer])
     return " ".join(f"{a}" if a == b else f"{a}-{b}" if b > a + 1 else f"{a} {b}" for a, b in runs)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthkv.errors import DepthKVError
+from depthkv.files import replacing
 from depthkv.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -67,9 +68,13 @@ def plot_retention(curves: Mapping[str, Sequence[CurveRow]], path: Path_, *, tit
                 va="bottom" if above else "top",
             )
         _label_line(axes, label, x, y, colour, span)
-    axes.set_xlim(0, 108)
+    # a factor of two is as wide everywhere: small retentions, where losses differ most, would crowd otherwise
+    axes.set_xscale("log")
+    lowest = min(bytes_at)
+    axes.set_xlim(100 * min(0.8, lowest * 0.88), 113)
     axes.set_ylim(min(losses) - 0.16 * span, max(losses) + 0.16 * span)
-    shown = _spaced(sorted(bytes_at), 0.075)
+    shown = _spaced(sorted(bytes_at), 1.13 if lowest > 0.2 else lowest**-0.1)
+    axes.set_xticks([], minor=True)
     axes.set_xticks([100 * x for x in shown], [f"{100 * x:.0f} %\n{_short_bytes(bytes_at[x])}" for x in shown])
     axes.set_xlabel("layers that keep a KV cache, and what a token costs in it")
     axes.set_ylabel("held-out loss (nats per token)")
@@ -163,9 +168,16 @@ def plot_plan(
     levels = [_levels(plan, row) for row in rows]
     heights = [1.0 + (0.5 if letters else 0.0) + 0.36 * (1 + max(level.values(), default=0)) + 0.5 for level in levels]
     legend_lines = 1 + len(set(letters.values()) if letters else ())
-    per_unit = 0.92 * _WIDTH / max(columns, 16)  # inches of one box
-    figure, axes = _figure(0.75 + per_unit * sum(heights) + 0.27 * legend_lines)
+    # leaders of a row above are named to the left of a row
+    margin = 2.2 if any(leader not in row for row, level in zip(rows, levels, strict=True) for leader in level) else 0.1
+    width = max(columns, 16) + 0.1 + margin
+    per_unit = 0.94 * _WIDTH / width  # inches of one box
+    title_inches, legend_inches = 0.5, 0.25 + 0.27 * legend_lines
+    drawing_inches = per_unit * (sum(heights) + 0.2)
+    height = title_inches + drawing_inches + legend_inches
+    figure, axes = _figure(height)
     axes.set_axis_off()
+    axes.set_position((0.03, legend_inches / height, 0.94, drawing_inches / height))
     leaders = {leader: _COLOURS[i % len(_COLOURS)] for i, leader in enumerate(plan.leaders)}
     top = 0.0
     for row, level, height in zip(rows, levels, heights, strict=True):
@@ -175,17 +187,17 @@ def plot_plan(
         for leader, depth in level.items():
             _draw_bracket(axes, leader, base - 0.14 - 0.36 * depth, base, row, plan, leaders[leader])
         top -= height
-    axes.set_xlim(-0.1, max(columns, 16) + 0.1)
+    axes.set_xlim(-margin, width - margin)
     axes.set_ylim(top - 0.1, 0.1)
     axes.set_aspect("equal", anchor="NW")
     share_kept = f"{len(plan.leaders)} of {plan.num_layers} layers keep a KV cache"
-    axes.set_title(title or share_kept, loc="left", fontweight="bold", pad=10)
-    legend = ["filled: keeps its cache.  Light: reads the cache that the bracket leads to, keeps none."]
+    top_line = 1 - 0.14 / height
+    figure.text(0.03, top_line, title or share_kept, fontsize=14.5, fontweight="bold", color=_INK, va="top")
+    legend = ["Filled: keeps its cache. Light: keeps none, reads the cache at the bracket's other end."]
     if letters and kinds is not None:
         names = {letter: kinds[layer] for layer, letter in reversed(letters.items())}
         legend += [f"{letter}: {names[letter]}" for letter in sorted(names)]
-    figure.text(0.03, 0.025, "\n".join(legend), fontsize=11, color=_MUTED, va="bottom", linespacing=1.5)
-    figure.subplots_adjust(left=0.02, right=0.98, bottom=0.27 * legend_lines / figure.get_figheight() + 0.03)
+    figure.text(0.03, 0.12 / height, "\n".join(legend), fontsize=11, color=_MUTED, va="bottom", linespacing=1.5)
     _save(figure, path, tight=False)
 
 
@@ -227,7 +239,7 @@ def _draw_bracket(axes: Axes, leader: int, y: float, base: float, row: range, pl
     if inside:
         axes.plot([left, left], [y, base + 0.04], **style)
     else:
-        axes.text(left, y - 0.06, f"from {leader}", fontsize=9, color=colour, va="top", ha="left")
+        axes.text(-0.1, y, f"from {leader}", fontsize=9, color=colour, va="center", ha="right")
     for reader in readers:
         x = reader - row[0] + 0.5
         axes.annotate(
@@ -269,19 +281,19 @@ def _label_line(axes: Axes, label: str, x: Sequence[float], y: Sequence[float], 
     if len(x) < 2:
         at, height = x[0], y[0] + 0.1 * span
     else:
-        i = max(range(len(x) - 1), key=lambda j: x[j + 1] - x[j])
-        at, height = (x[i] + x[i + 1]) / 2, (y[i] + y[i + 1]) / 2
+        i = max(range(len(x) - 1), key=lambda j: x[j + 1] / x[j])
+        at, height = math.sqrt(x[i] * x[i + 1]), (y[i] + y[i + 1]) / 2
     axes.text(
         at, height, label, color=colour, fontsize=13, fontweight="bold", ha="center", va="center", zorder=4,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 3},
     )  # fmt: skip
 
 
-def _spaced(values: Sequence[float], least: float) -> list[float]:
+def _spaced(values: Sequence[float], least_ratio: float) -> list[float]:
     """Drop ticks that would print over their right neighbour."""
     kept: list[float] = []
     for value in reversed(values):
-        if not kept or kept[-1] - value >= least:
+        if not kept or kept[-1] / value >= least_ratio:
             kept.append(value)
     return kept[::-1]
 
@@ -319,20 +331,9 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _save(figure: Figure, path: Path_, *, tight: bool = True) -> None:
     """Write beside the target, then rename."""
-    target = Path(path)
-    suffix = target.suffix or ".png"
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=suffix, delete=False) as file:
-            temporary = Path(file.name)
-        options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.15} if tight else {}
+    options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.15} if tight else {}
+    suffix = Path(path).suffix or ".png"
+    if suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise DepthKVError(f"expected to write a picture as .png, .svg or .pdf, got {Path(path)}")
+    with replacing(path, "a picture") as temporary:
         figure.savefig(temporary, format=suffix[1:], **options)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except (OSError, ValueError) as error:  # ValueError: a type of file that matplotlib does not write
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DepthKVError(f"expected to write a picture to {target}, got {reason}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from depthkv.head import headless, plain_head
+
 _CHUNK_ELEMENTS = 2**25
 """Logits of one chunk: 128 MB in fp32. Larger is no faster, smaller makes thin matrix products."""
 _ADD_ROWS = 2048
@@ -114,7 +116,7 @@ def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFuncti
     chunks; otherwise (soft-capped or scaled logits, an adapter on the head) from the model's own logits. On exit the
     head is as before.
     """
-    head = _plain_head(model)
+    head = plain_head(model)
     if head is None:
 
         def from_logits(tokens: torch.Tensor) -> torch.Tensor:
@@ -124,50 +126,10 @@ def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFuncti
         yield from_logits
         return
 
-    seen: list[torch.Tensor] = []
-
-    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden)
-        return hidden[..., :1]  # stands in for logits that nobody reads
-
     def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
-        seen.clear()
-        model(input_ids=tokens, use_cache=False)
-        (hidden,) = seen
-        seen.clear()
+        hidden = last_hidden(tokens)
         rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
         return chunked_cross_entropy(rows, head.weight, head.bias, tokens[:, 1:].flatten().to(rows.device), dtype)
 
-    head.forward = keep_input  # type: ignore[method-assign, assignment]
-    try:
+    with headless(model, head) as last_hidden:
         yield from_hidden
-    finally:
-        del head.forward
-
-
-def _plain_head(model: nn.Module) -> nn.Linear | None:
-    """The model's head, if it is a plain linear layer whose result the model returns as it is."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    if type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_pre_hooks or head._forward_hooks:
-        return None
-    # hand the model logits over a wide range: a cap, a scale or a cast to another type would change them
-    probe = torch.linspace(-997.0, 991.0, head.out_features, device=head.weight.device)
-    calls = []
-
-    def give_probe(hidden: torch.Tensor) -> torch.Tensor:
-        calls.append(hidden)
-        return probe.expand(*hidden.shape[:-1], -1)
-
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-    training = model.training
-    model.eval()  # dropout would use up random numbers, and a resumed run would see others
-    head.forward = give_probe  # type: ignore[method-assign, assignment]
-    try:
-        with torch.no_grad():
-            logits = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        del head.forward
-        model.train(training)
-    same = len(calls) == 1 and calls[0].shape[:-1] == logits.shape[:-1] and logits.shape[-1] == head.out_features
-    return head if same and torch.equal(logits.float(), probe.expand_as(logits)) else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from depthkv.errors import DepthKVError
 from depthkv.evaluate import CurveRow
+from depthkv.files import write_text
 from depthkv.memory import format_bytes
 
 
@@ -91,21 +91,13 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is None:
         return
     text = json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n"
-    temporary = None
-    try:
-        if path.exists() and (not path.is_file() or path.parts[:2] == (os.sep, "dev")):
+    if path.exists() and (not path.is_file() or path.parts[:2] == (os.sep, "dev")):
+        try:
             path.write_text(text, encoding="utf-8")  # /dev/stdout or a pipe: must not be replaced by a file
-            return
-        target = Path(os.path.realpath(path))
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, prefix=".", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise DepthKVError(f"expected to write --json {path}, got {error.strerror or error}") from error
+        except OSError as error:
+            raise DepthKVError(f"expected to write --json to {path}, got {error.strerror or error}") from error
+    else:
+        write_text(path, text, "--json")
 
 
 def json_line(figures: dict[str, Any]) -> str:

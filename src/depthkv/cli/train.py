@@ -11,7 +11,7 @@ import typer
 
 from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state
 from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
-from depthkv.checkpoint import _require_replaceable, load, save
+from depthkv.checkpoint import load, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, waiting, write_json
@@ -20,6 +20,9 @@ from depthkv.errors import DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.report import plot_loss, plot_plan, plot_retention
 
+_DEFAULT = AdaptConfig(max_minutes=15.0)
+_MINUTES = f"Training time.  [default: {_DEFAULT.max_minutes:g}]"
+
 
 def adapt_command(
     model: inputs.Model,
@@ -27,9 +30,11 @@ def adapt_command(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapted checkpoint.")],
     plan: inputs.PlanFile = None,
     retention: inputs.Retention = None,
-    minutes: Annotated[float | None, option("--minutes", positive, "M", "Training time.  [default: 15]")] = None,
+    minutes: Annotated[
+        float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
+    ] = None,
     tokens: Annotated[int | None, option("--tokens", count, "N", "Training tokens, instead of --minutes.")] = None,
-    learning_rate: Annotated[float, option("--learning-rate", positive, "LR", "Peak.")] = 6e-4,
+    learning_rate: Annotated[float, option("--learning-rate", positive, "LR", "Peak.")] = _DEFAULT.learning_rate,
     cross_layer_prob: Annotated[
         float,
         option(
@@ -38,13 +43,15 @@ def adapt_command(
             "P",
             "Probability that a layer reads an earlier layer's KV in a step.",
         ),
-    ] = 0.6,
-    batch_size: inputs.BatchSize = 4,
-    accumulate_steps: Annotated[int, option("--accumulate-steps", count, "N", "Forwards in one optimizer step.")] = 1,
-    block_size: inputs.BlockSize = 512,
-    decay: Annotated[str, typer.Option("--decay", metavar="|".join(DECAYS))] = "cosine",
-    trainable: Annotated[str, typer.Option("--trainable", metavar="|".join(TRAINABLE))] = "all",
-    precision: Annotated[str, typer.Option("--precision", metavar="|".join(PRECISIONS))] = "auto",
+    ] = _DEFAULT.cross_layer_prob,
+    batch_size: inputs.BatchSize = _DEFAULT.batch_size,
+    accumulate_steps: Annotated[
+        int, option("--accumulate-steps", count, "N", "Forwards in one optimizer step.")
+    ] = _DEFAULT.accumulate_steps,
+    block_size: inputs.BlockSize = _DEFAULT.block_size,
+    decay: Annotated[str, typer.Option("--decay", metavar="|".join(DECAYS))] = _DEFAULT.decay,
+    trainable: Annotated[str, typer.Option("--trainable", metavar="|".join(TRAINABLE))] = _DEFAULT.trainable,
+    precision: Annotated[str, typer.Option("--precision", metavar="|".join(PRECISIONS))] = _DEFAULT.precision,
     seed: inputs.Seed = 0,
     blocks: Annotated[
         int, option("--blocks", count_or_none, "N", "Held-out blocks for the curves before and after; 0 for none.")
@@ -61,7 +68,7 @@ def adapt_command(
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
     recipe = AdaptConfig(
-        max_minutes=minutes if tokens is not None or minutes is not None else 15.0,
+        max_minutes=_DEFAULT.max_minutes if minutes is None and tokens is None else minutes,
         max_tokens=tokens,
         learning_rate=learning_rate,
         cross_layer_prob=cross_layer_prob,
@@ -74,7 +81,7 @@ def adapt_command(
         seed=seed,
     )
     with naming("--out"):
-        _require_replaceable(out)
+        require_replaceable(out)
     config, kinds = inputs.read_config(model)
     with naming(model):
         chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
@@ -154,7 +161,7 @@ def demo_command(
         "demo-out"
     ),
     minutes: Annotated[
-        float | None, option("--minutes", positive, "M", "Training time.  [default: 12 on a CPU, 0.75 on a GPU]")
+        float | None, option("--minutes", positive, "M", "Training time.  [default: 11 on a CPU, 0.75 on a GPU]")
     ] = None,
     model: Annotated[str, typer.Option("--model", metavar="MODEL")] = "builtin:smollm2-135m",
     data: Annotated[

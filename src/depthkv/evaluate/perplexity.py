@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from depthkv.adapt.loss import _plain_head
 from depthkv.errors import DataError, DepthKVError
+from depthkv.head import headless, plain_head
 from depthkv.memory import kv_bytes_per_token
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
@@ -157,7 +157,7 @@ def spread_blocks(blocks: torch.Tensor, wanted: int) -> torch.Tensor:
 @contextmanager
 def _token_losses(model: nn.Module) -> Iterator[_TokenLosses]:
     """A function from tokens `[batch, tokens]` to the loss of each but the first, `[batch, tokens - 1]`, fp32."""
-    head = _plain_head(model)
+    head = plain_head(model)
     if head is None:
         # soft-capped or scaled logits: only the model knows how, so it computes them, few blocks at a time
         vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -174,18 +174,8 @@ def _token_losses(model: nn.Module) -> Iterator[_TokenLosses]:
         yield from_logits
         return
 
-    seen: list[torch.Tensor] = []
-
-    def keep_input(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(hidden)
-        return hidden[..., :1]  # stands in for logits that nobody reads
-
     def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
-        seen.clear()
-        model(input_ids=tokens, use_cache=False)
-        (hidden,) = seen
-        seen.clear()
-        rows = hidden[:, :-1].flatten(0, 1).to(head.weight.device)
+        rows = last_hidden(tokens)[:, :-1].flatten(0, 1).to(head.weight.device)
         targets = tokens[:, 1:].flatten()
         chunk = max(1, _CHUNK_ELEMENTS // head.out_features)
         losses = []
@@ -194,11 +184,8 @@ def _token_losses(model: nn.Module) -> Iterator[_TokenLosses]:
             losses.append(_cross_entropy(logits, targets[start : start + chunk]))
         return torch.cat(losses).view(len(tokens), -1)
 
-    head.forward = keep_input  # type: ignore[method-assign, assignment]
-    try:
+    with headless(model, head) as last_hidden:
         yield from_hidden
-    finally:
-        del head.forward
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,451 @@
+"""The command line: what each command shows and writes, and that bad input gets one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, T5Config
+
+import depthkv.cli
+from depthkv import SharingPlan, load, share
+from depthkv.cli import main
+from depthkv.evaluate import perplexity
+from depthkv.memory import measured_cache_bytes
+from tiny import LAYERS, POSITIONS, tiny_checkpoint, tiny_text
+
+HALF = SharingPlan.every(2, LAYERS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_text(tmp_path_factory.mktemp("texts") / "text.txt")
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    HALF.save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def figures(path: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read
+
+
+# inspect
+
+
+def seventy_billion(folder: Path) -> Path:
+    """The shape of a 70B model: 80 layers, 8 KV heads, head_dim 128, 128K positions."""
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        vocab_size=128256,
+        dtype="float16",
+        architectures=["LlamaForCausalLM"],
+    )
+    path = folder / "70b.json"
+    path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    return path
+
+
+def test_inspect_a_bare_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = seventy_billion(tmp_path)
+    assert run("inspect", config, "--context", 131072, "--memory", "192GiB", "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")
+    full, half, quarter = found["plans"]
+    assert full["cache_bytes"] == 40 * 2**30 and half["cache_bytes"] == 20 * 2**30
+    assert quarter["cache_bytes"] == 10 * 2**30
+    assert found["kv_bytes_per_token"] == 2 * 80 * 8 * 128 * 2
+    room = 192 * 2**30 - found["weight_bytes"]
+    assert full["sequences"] == room // (40 * 2**30) and half["sequences"] == room // (20 * 2**30) > full["sequences"]
+    assert full["longest_context"] == room // found["kv_bytes_per_token"]
+    shown = capsys.readouterr().out
+    assert "40.00 GiB" in shown and "20.00 GiB" in shown and "70.6 billion" in shown
+
+
+def test_inspect_shows_what_cannot_share(tmp_path: Path) -> None:
+    config = {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "sliding_window": 16,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert run("inspect", tmp_path, "--json", tmp_path / "o.json") == 0
+    groups = figures(tmp_path / "o.json")["groups"]
+    assert [group["layers"] for group in groups] == [[0, 1, 2, 3, 4], [5]]
+
+
+def test_inspect_a_plan(model: Path, plan_file: Path, tmp_path: Path) -> None:
+    assert run("inspect", model, "--plan", plan_file, "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")["plans"]
+    assert [row["name"] for row in found] == ["full", "plan.json"] and found[1]["leaders"] == [0, 2]
+
+
+# evaluate
+
+
+def test_evaluate_takes_several_retentions(model: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--data", text, "--block-size", 32, "--blocks", 3, "--json", tmp_path / "o.json")
+    assert run("evaluate", model, "--retention", 1, ".5", "0.25", *options) == 0
+    rows = figures(tmp_path / "o.json")["rows"]
+    assert [row["retention"] for row in rows] == [1.0, 0.5, 0.25]
+    assert [row["leaders"] for row in rows] == [[0, 1, 2, 3], [0, 2], [0]]
+    assert len({round(row["loss"], 6) for row in rows}) == 3
+    assert rows[0]["kv_bytes_per_token"] == 2 * rows[1]["kv_bytes_per_token"] == 4 * rows[2]["kv_bytes_per_token"]
+    assert run("evaluate", model, *options) == 0  # the usual retentions, the model's own plan if it has one
+    assert [row["retention"] for row in figures(tmp_path / "o.json")["rows"]] == [1.0, 0.5, 0.5, 0.25]
+
+
+def test_evaluate_measures_what_perplexity_does(model: Path, text: Path, plan_file: Path, tmp_path: Path) -> None:
+    from depthkv.data import resolve_data, token_blocks
+
+    options = ("--data", text, "--block-size", 32, "--blocks", 999, "--all-text", "--json", tmp_path / "o.json")
+    assert run("evaluate", model, "--plan", plan_file, *options) == 0
+    (row,) = figures(tmp_path / "o.json")["rows"]
+    loaded, tokenizer, _ = load(model)
+    with share(loaded, HALF):
+        expected = perplexity(loaded, token_blocks(resolve_data(text), tokenizer, 32))
+    assert row["perplexity"] == pytest.approx(expected.perplexity) and row["loss"] == pytest.approx(expected.loss)
+
+
+# generate
+
+
+def test_generate_writes_what_the_model_writes(
+    model: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--prompt", "w1 w2 w3", "--max-new-tokens", 6, "--json", tmp_path / "o.json")
+    assert run("generate", model, "--plan", plan_file, *options) == 0
+    found = figures(tmp_path / "o.json")
+    loaded, tokenizer, _ = load(model)
+    encoded = tokenizer("w1 w2 w3", return_tensors="pt", return_token_type_ids=False)
+    with share(loaded, HALF):
+        expected: Any = loaded.generate(
+            **encoded, max_new_tokens=6, do_sample=False, pad_token_id=2, return_dict_in_generate=True
+        )
+    assert found["text"] == tokenizer.decode(expected.sequences[0, 3:], skip_special_tokens=True)
+    assert found["leaders"] == [0, 2]
+    assert found["peak_cache_bytes"] == measured_cache_bytes(expected.past_key_values)
+    assert found["full_cache_bytes"] == 2 * found["peak_cache_bytes"]
+    assert found["text"] in capsys.readouterr().out
+
+
+def test_generate_uses_the_checkpoints_own_plan(tmp_path: Path) -> None:
+    planned = tiny_checkpoint(tmp_path / "planned", plan=HALF)
+    assert run("generate", planned, "--prompt", "w1", "--max-new-tokens", 2, "--json", tmp_path / "o.json") == 0
+    assert figures(tmp_path / "o.json")["leaders"] == [0, 2]
+
+
+def test_generate_sampling_follows_the_seed(model: Path, tmp_path: Path) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        options = ("--temperature", 2.0, "--max-new-tokens", 12, "--seed", seed, "--json", tmp_path / "o.json")
+        assert run("generate", model, "--prompt", "w1", *options) == 0
+        texts.append(figures(tmp_path / "o.json")["text"])
+    assert texts[0] == texts[1] != texts[2]
+
+
+# bench
+
+
+def test_bench_measures_both_arms(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 2, "--json", tmp_path / "o.json")
+    assert run("bench", model, *options) == 0
+    found = figures(tmp_path / "o.json")
+    full, shared = found["arms"]["full"], found["arms"]["shared"]
+    assert full["cache_bytes"] == 2 * shared["cache_bytes"] > 0
+    assert full["ttft_s"] > 0 and full["decode_tokens_per_s"] > 0 and "peak_bytes" in full
+    # a table, then one line of JSON
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == found
+
+
+# adapt
+
+
+def adapt(model: Path, text: Path, out: Path, *more: object) -> int:
+    options = ("--block-size", 32, "--blocks", 2, "--precision", "fp32", "--batch-size", 2, "--learning-rate", 1e-2)
+    return run("adapt", model, "--data", text, "--out", out, *options, *more)
+
+
+def test_adapt_writes_a_checkpoint_with_its_plan(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert adapt(model, text, out, "--tokens", 32 * 40, "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")
+    assert found["tokens"] == 32 * 40 and found["steps"] == 20 == len(found["losses"]) and found["seconds"] > 0
+    assert [row["retention"] for row in found["rows"]] == [1.0, 0.5, 0.5, 0.25]
+    assert found["rows"][1]["loss"] < found["rows_before"][1]["loss"]
+    _, _, plan = load(out)
+    assert plan == HALF and plan.provenance["tokens"] == 32 * 40
+    assert {"loss.png", "plan.png", "retention.png", "plan.json", "config.json"} <= {p.name for p in out.iterdir()}
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+
+
+def test_adapt_goes_on_after_an_interruption(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert adapt(model, text, whole, "--tokens", 32 * 40) == 0
+    real, steps = torch.optim.AdamW.step, 0
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert adapt(model, text, out, "--tokens", 32 * 40) == 130
+    shown = capsys.readouterr().err
+    assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists()
+    assert adapt(model, text, out, "--tokens", 32 * 40) == 0
+    assert steps == 20
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+# Bad input
+
+
+def broken_config(folder: Path) -> Path:
+    (folder / "config.json").write_text('{"model_type": "lla', encoding="utf-8")
+    return folder
+
+
+def config_of(config: Any, folder: Path) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    return path
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def plan_with(folder: Path, content: str) -> Path:
+    return written(folder / "bad-plan.json", content)
+
+
+def plan_json(**changes: Any) -> str:
+    return json.dumps({"format": "depthkv-plan", "version": 1, "kv_source_layers": [0, 0, 2, 2], **changes})
+
+
+def mla_config() -> Any:
+    from transformers import DeepseekV3Config
+
+    return DeepseekV3Config(num_hidden_layers=2)
+
+
+Case = Callable[[Path, Path, Path], list[object]]
+"""From a model, a text and an empty folder to arguments."""
+
+BAD_INPUT: dict[str, tuple[Case, str]] = {
+    "no such model": (lambda m, t, d: ["inspect", d / "nothing"], "nothing"),
+    "no such builtin model": (lambda m, t, d: ["inspect", "builtin:gpt9"], "smollm2-135m"),
+    "a folder without a model": (lambda m, t, d: ["inspect", d], "config.json"),
+    "broken config": (lambda m, t, d: ["inspect", broken_config(d)], "config.json"),
+    "encoder-decoder": (lambda m, t, d: ["inspect", config_of(T5Config(), d)], "T5Config"),
+    "latent attention": (lambda m, t, d: ["inspect", config_of(mla_config(), d)], "latent"),
+    "not a gguf file": (lambda m, t, d: ["inspect", written(d / "x.gguf", "GGML")], "x.gguf"),
+    "bad memory": (lambda m, t, d: ["inspect", m, "--memory", "24 parsecs"], "--memory"),
+    "negative context": (lambda m, t, d: ["inspect", m, "--context", "-1"], "--context"),
+    "unknown command": (lambda m, t, d: ["compress", m], "compress"),
+    "unknown option": (lambda m, t, d: ["inspect", m, "--colour", "red"], "--colour"),
+    "missing argument": (lambda m, t, d: ["inspect"], "MODEL"),
+    "missing option": (lambda m, t, d: ["evaluate", m], "--data"),
+    "plan file missing": (lambda m, t, d: ["generate", m, "--prompt", "a", "--plan", d / "p.json"], "p.json"),
+    "plan for other layers": (
+        lambda m, t, d: ["generate", m, "--prompt", "a", "--plan", plan_with(d, plan_json(kv_source_layers=[0, 0]))],
+        "4 layers, got one for 2",
+    ),
+    "plan truncated": (
+        lambda m, t, d: ["generate", m, "--prompt", "a", "--plan", plan_with(d, plan_json()[:-4])],
+        "bad-plan.json",
+    ),
+    "plan with unknown keys": (
+        lambda m, t, d: ["evaluate", m, "--data", t, "--plan", plan_with(d, plan_json(leader=3))],
+        "leader",
+    ),
+    "plan of another version": (
+        lambda m, t, d: ["bench", m, "--plan", plan_with(d, plan_json(version=2))],
+        "version",
+    ),
+    "plan that reads a later layer": (
+        lambda m, t, d: ["bench", m, "--plan", plan_with(d, plan_json(kv_source_layers=[0, 2, 2, 2]))],
+        "layer 1",
+    ),
+    "plan with words": (
+        lambda m, t, d: ["bench", m, "--plan", plan_with(d, plan_json(kv_source_layers=["0", 0, 0, 0]))],
+        "kv_source_layers",
+    ),
+    "plan and retention": (
+        lambda m, t, d: ["bench", m, "--plan", plan_with(d, plan_json()), "--retention", ".5"],
+        "both",
+    ),
+    "retention 0": (lambda m, t, d: ["evaluate", m, "--data", t, "--retention", "1", "0"], "--retention"),
+    "retention without a number": (lambda m, t, d: ["evaluate", m, "--data", t, "--retention", "half"], "--retention"),
+    "no such text": (lambda m, t, d: ["evaluate", m, "--data", d / "no.txt"], "no.txt"),
+    "empty text": (lambda m, t, d: ["evaluate", m, "--data", written(d / "e.txt", " \n")], "e.txt"),
+    "binary text": (lambda m, t, d: ["evaluate", m, "--data", written(d / "b.txt", b"\0\1\2" * 99)], "b.txt"),
+    "text shorter than a block": (
+        lambda m, t, d: ["evaluate", m, "--data", written(d / "s.txt", "w1 w2 w3 w4 w5"), "--block-size", "64"],
+        "64 tokens",
+    ),
+    "block longer than the model's positions": (
+        lambda m, t, d: ["evaluate", m, "--data", t, "--block-size", str(POSITIONS + 1)],
+        f"{POSITIONS} positions",
+    ),
+    "bad dtype": (lambda m, t, d: ["generate", m, "--prompt", "a", "--dtype", "int3"], "int3"),
+    "bad device": (lambda m, t, d: ["generate", m, "--prompt", "a", "--device", "tpu"], "tpu"),
+    "GPU that is not there": (lambda m, t, d: ["generate", m, "--prompt", "a", "--device", "cuda:99"], "cuda:99"),
+    "empty prompt": (lambda m, t, d: ["generate", m, "--prompt", " "], "--prompt"),
+    "prompt too long": (lambda m, t, d: ["generate", m, "--prompt", "w1 " * POSITIONS], "positions"),
+    "no new tokens": (lambda m, t, d: ["generate", m, "--prompt", "w1", "--max-new-tokens", "0"], "--max-new-tokens"),
+    "temperature below 0": (lambda m, t, d: ["generate", m, "--prompt", "w1", "--temperature", "-1"], "--temperature"),
+    "json into no folder": (lambda m, t, d: ["inspect", m, "--json", d / "no" / "o.json"], "o.json"),
+    "json onto a folder": (lambda m, t, d: ["inspect", m, "--json", d], "folder"),
+    "adapt onto a file": (lambda m, t, d: ["adapt", m, "--data", t, "--out", written(d / "f", "x")], "file"),
+    "adapt into a folder of something else": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", written(d / "f", "x").parent],
+        "holds f",
+    ),
+    "two budgets": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--minutes", "1", "--tokens", "9"],
+        "both",
+    ),
+    "probability above 1": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--cross-layer-prob", "1.5"],
+        "--cross-layer-prob",
+    ),
+    "unknown schedule": (lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--decay", "cliff"], "cliff"),
+    "learning rate of 0": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--learning-rate", "0"],
+        "--learning-rate",
+    ),
+    "demo into a folder of something else": (
+        lambda m, t, d: ["demo", "--model", m, "--data", t, "--out", written(d / "thesis.tex", "x").parent],
+        "thesis.tex",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gets_one_line(
+    name: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, expected = BAD_INPUT[name]
+    arguments = case(model, text, tmp_path)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and err.startswith("depthkv: ") and expected in err, err
+    assert "Traceback" not in err and "Error" not in err
+    assert out == ""
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_weights_of_another_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tiny_checkpoint(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert run("generate", broken, "--prompt", "w1") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_full_disk(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("depthkv.adapt.state.save_file", full)
+    assert adapt(model, text, tmp_path / "out", "--tokens", 64) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_not_enough_memory(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def exhausted(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
+
+    monkeypatch.setattr("depthkv.cli.measure.bench", exhausted)
+    assert run("bench", model) == 2
+    err = capsys.readouterr().err
+    assert "out of memory" in err and err.count("\n") == 1
+
+
+def test_ctrl_c_exits_with_130(
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("depthkv.cli.measure.retention_curve", stop)
+    assert run("evaluate", model, "--data", text, "--block-size", 32) == 130
+    assert capsys.readouterr().err == "depthkv: interrupted\n"
+
+
+def test_internal_errors_keep_their_traceback(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("depthkv.cli.measure.bench", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("bench", model)
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "adapt", "evaluate", "generate", "bench"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_no_arguments_show_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "evaluate" in capsys.readouterr().out
+
+
+def test_the_program_itself(model: Path) -> None:
+    """As a process: exit code, and nothing on stdout but the result."""
+    code = "import sys; from depthkv.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "generate", str(model), "--plan", "missing.json", "--prompt", "w1"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(depthkv.cli.__file__).parents[2])},
+    )
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
