@@ -28,7 +28,7 @@ def console() -> Console:
 
 def show(line: str) -> None:
     """A message about something slow, on stderr."""
-    Console(stderr=True, highlight=False).print(line, markup=False)
+    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
