@@ -7,7 +7,7 @@ cache, in training and in generation, the path is the same: `LayerCache.update` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,15 +25,20 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Step:
     """What the layers share during one forward of the decoder (and its recomputation in backward)."""
 
-    def __init__(self, sources: tuple[int, ...], *, skip_unread: bool = True, keep_pairs: bool = False) -> None:
-        self.sources = sources
+    def __init__(self, *maps: tuple[int, ...], skip_unread: bool = True, keep_pairs: bool = False) -> None:
+        self.sources = maps[0]
+        num_layers = len(self.sources)
+        # one map for all sequences of the batch, or one for each: then a layer may read a mixture of layers
+        self.mixed: list[tuple[int, ...] | None] = [
+            None if len({m[i] for m in maps}) == 1 else tuple(m[i] for m in maps) for i in range(num_layers)
+        ]
         readers: dict[int, int] = {}  # source -> its last reader, other than itself
-        for layer, source in enumerate(sources):
-            if source != layer:
+        for layer in range(num_layers):
+            for source in {m[layer] for m in maps} - {layer}:
                 readers[source] = layer
         self.last_reader = readers
         # a layer computes K and V if it reads them itself or another layer does
-        self.computes_kv = [not skip_unread or sources[i] == i or i in readers for i in range(len(sources))]
+        self.computes_kv = [not skip_unread or i in readers or any(m[i] == i for m in maps) for i in range(num_layers)]
         self.pairs: dict[int, Pair] = {}
         self.keep_pairs = keep_pairs
         """Checkpointed layers read their source's pair again when they are recomputed."""
@@ -90,13 +95,33 @@ class LayerCache:
             # first write wins: a recomputed pair must not replace the one that the autograd graph knows
             if layer in step.last_reader and layer not in step.pairs:
                 step.pairs[layer] = pair
+        mixed = step.mixed[layer]
+        if mixed is not None:
+            return self._mixture(mixed, pair)
         if source == layer:
             return pair
         pair = step.pairs[source]
-        if step.last_reader[source] == layer and not step.keep_pairs:
-            del step.pairs[source]
+        self._forget((source,))
         # layers may live on different devices (accelerate's device_map)
         return pair[0].to(keys.device), pair[1].to(values.device)
+
+    def _mixture(self, sources: tuple[int, ...], own: Pair) -> Pair:
+        """Sequence b of the batch gets the pair of `sources[b]`."""
+        pairs = {source: own if source == self._layer else self._step.pairs[source] for source in set(sources)}
+        mixture = (
+            torch.stack([pairs[source][part][row].to(own[part].device) for row, source in enumerate(sources)])
+            for part in (0, 1)
+        )
+        keys, values = mixture
+        self._forget(pairs)
+        return keys, values
+
+    def _forget(self, sources: Iterable[int]) -> None:
+        """Drop pairs that no later layer reads."""
+        step = self._step
+        for source in sources:
+            if step.last_reader.get(source) == self._layer and not step.keep_pairs:
+                del step.pairs[source]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

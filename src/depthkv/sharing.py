@@ -7,7 +7,8 @@ From here the next hop is `attention.LayerCache.update`, where a follower reads 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, TypeVar
@@ -27,20 +28,31 @@ from depthkv.routing import RoutingMap, Sampler
 _ACTIVE = "_depthkv_patches"
 """Attribute of a shared or routed decoder that holds its `Patches`."""
 
+ADAPTER_SWITCH = "_depthkv_adapter_switch"
+"""Attribute of a model whose adapter belongs to sharing: called with True when sharing begins and False at its end."""
+
 _Self = TypeVar("_Self", bound="Patches")
 
 
 class Patches:
     """Instance-level replacements of methods that can be taken back exactly; usable as a context manager."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, switch: Callable[[bool], None] | None = None) -> None:
+        self._decoder = decoder
+        self._saved: list[tuple[nn.Module, str, bool, Any]] = []
+        self._switch = switch
+        """Turns an adapter on or off that belongs to sharing (`depthkv.adapt.adapters`)."""
+        self._activate()
+
+    def _activate(self) -> None:
+        decoder = self._decoder
         active = getattr(decoder.module, _ACTIVE, None)
         if active is not None:
             what = "routed" if isinstance(active, Routing) else "shared"
             raise PlanError(f"expected a model that is neither shared nor routed, got one that is {what} already")
-        self._decoder = decoder
-        self._saved: list[tuple[nn.Module, str, bool, Any]] = []
         setattr(decoder.module, _ACTIVE, self)
+        if self._switch is not None:
+            self._switch(True)
 
     def _replace(self, module: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
         # accelerate keeps its hooks in an instance's `forward`, too: whatever is there is called and put back
@@ -60,6 +72,8 @@ class Patches:
                 delattr(module, name)
         if getattr(self._decoder.module, _ACTIVE, None) is self:
             delattr(self._decoder.module, _ACTIVE)
+            if self._switch is not None:
+                self._switch(False)
 
     def __reduce_ex__(self, protocol: object) -> Any:
         # a copy of the model would keep calling the original's layers
@@ -79,9 +93,9 @@ class Patches:
 class SharedModel(Patches):
     """Handle that `share` returns."""
 
-    def __init__(self, decoder: Decoder, plan: SharingPlan) -> None:
+    def __init__(self, decoder: Decoder, plan: SharingPlan, switch: Callable[[bool], None] | None = None) -> None:
         check_plan(plan, decoder.kinds)
-        super().__init__(decoder)
+        super().__init__(decoder, None if plan.is_full else switch)
         self.plan = plan
         """The plan in force."""
         _guarded(self, self._apply)
@@ -126,14 +140,19 @@ class SharedModel(Patches):
 class Routing(Patches):
     """Handle that `route` returns: a fresh map for every forward of the model."""
 
-    def __init__(self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool) -> None:
+    def __init__(
+        self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool, only_in_training: bool
+    ) -> None:
         decoder = find_decoder(model)
-        super().__init__(decoder)
+        super().__init__(decoder, getattr(model, ADAPTER_SWITCH, None))
+        self.only_in_training = only_in_training
         self.sampler = sampler
         self.step = step
         """Number of the next forward; set it to resume a run."""
         self.last_plan = RoutingMap(tuple(range(decoder.num_layers)))
         """The map that the last forward used."""
+        self.last_maps = [self.last_plan]
+        """The same for each sequence of the batch, where the sampler draws one for each; otherwise one map."""
         self.skip_unread = skip_unread
         _guarded(self, self._apply)
 
@@ -146,22 +165,49 @@ class Routing(Patches):
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if signature.bind(*args, **kwargs).arguments.get("past_key_values") is not None:
+                if self.only_in_training and not decoder.module.training:
+                    everyone_itself = Step(tuple(range(decoder.num_layers)))
+                    return _run(context, everyone_itself, decoder, original, args, kwargs)
+                arguments = signature.bind(*args, **kwargs).arguments
+                if arguments.get("past_key_values") is not None:
                     raise PlanError(
                         "expected a forward without a KV cache, since routing draws a new map each time, got "
                         "past_key_values; generate under share(model, plan) instead"
                     )
                 kwargs["use_cache"] = False
-                sources = tuple(self.sampler.draw(self.step, decoder.kinds))
-                check_routing_map(sources, decoder.kinds)
-                self.last_plan = RoutingMap(sources)
-                self.step += 1
-                step = Step(sources, skip_unread=self.skip_unread, keep_pairs=_is_checkpointed(decoder))
+                step = Step(*self._draw(arguments), skip_unread=self.skip_unread, keep_pairs=_is_checkpointed(decoder))
                 return _run(context, step, decoder, original, args, kwargs)
 
             return forward
 
         self._replace(decoder.module, "forward", wrap)
+
+    def _draw(self, arguments: dict[str, Any]) -> list[tuple[int, ...]]:
+        """The next forward's map, or maps."""
+        kinds = self._decoder.kinds
+        draw_batch = getattr(self.sampler, "draw_batch", None)
+        if draw_batch is None:
+            maps = [tuple(self.sampler.draw(self.step, kinds))]
+        else:
+            inputs = arguments.get("input_ids")
+            inputs = arguments["inputs_embeds"] if inputs is None else inputs
+            maps = [tuple(sources) for sources in draw_batch(self.step, kinds, len(inputs))]
+        for sources in maps:
+            check_routing_map(sources, kinds)
+        self.last_maps = [RoutingMap(sources) for sources in maps]
+        self.last_plan = self.last_maps[0]
+        self.step += 1
+        return maps
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model exactly as it was before `route`, so that it can be shared and measured in between."""
+        self.remove()
+        try:
+            yield
+        finally:
+            self._activate()
+            _guarded(self, self._apply)
 
 
 def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
@@ -184,14 +230,17 @@ def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
     """
     if not isinstance(plan, SharingPlan):
         raise PlanError(f"expected a SharingPlan, got {type(plan).__name__}")
-    return SharedModel(find_decoder(model), plan)
+    return SharedModel(find_decoder(model), plan, getattr(model, ADAPTER_SWITCH, None))
 
 
-def route(model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: bool = True) -> Routing:
+def route(
+    model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: bool = True, only_in_training: bool = False
+) -> Routing:
     """Stochastic KV routing for training: every forward of the model draws a fresh map (arXiv:2604.22782, section 3).
 
     Works under autograd, autocast, gradient accumulation and non-reentrant gradient checkpointing. The map is drawn
-    in evaluation mode, too; measure with `share(model, plan)` after leaving the block.
+    in evaluation mode, too, unless `only_in_training`; measure with `share(model, plan)` after leaving the block or
+    inside `routing.suspended()`.
 
     Args:
         model: as for `share`.
@@ -199,6 +248,7 @@ def route(model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: boo
         step: number of the first forward, to resume a run.
         skip_unread: do not compute K and V that no layer reads in a step. Their weights then get no gradient in that
             step; DistributedDataParallel wants False.
+        only_in_training: in evaluation mode every layer reads its own KV, and no step is counted.
 
     Raises:
         PlanError: the model is shared or routed already, or the sampler drew an invalid map.
@@ -206,7 +256,7 @@ def route(model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: boo
     """
     if not callable(getattr(sampler, "draw", None)):
         raise PlanError(f"expected a sampler with a method draw(step, kinds), got {type(sampler).__name__}")
-    return Routing(model, sampler, step, skip_unread)
+    return Routing(model, sampler, step, skip_unread, only_in_training)
 
 
 def check_plan(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> None:
