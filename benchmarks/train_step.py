@@ -53,7 +53,7 @@ def train_step(
     device = tokens.device
     started = time.perf_counter()
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        loss = loss_function(tokens)
+        loss = loss_function({"input_ids": tokens})
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -164,7 +164,7 @@ def test_next_token_loss_equals_the_models_own(config_class: Any, changes: dict[
     assert (plain_head(model) is not None) == is_plain
     before = dict(model.get_output_embeddings().__dict__)
     with next_token_loss(model, torch.float32) as loss_function:
-        loss = loss_function(tokens)
+        loss = loss_function({"input_ids": tokens})
         loss.backward()
     assert model.get_output_embeddings().__dict__ == before
     torch.testing.assert_close(loss, expected)

@@ -33,7 +33,7 @@ from depthkv.errors import CheckpointError, PlanError
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
-__all__ = ["BUILTIN_MODELS", "load", "load_config", "require_replaceable", "save"]
+__all__ = ["BUILTIN_MODELS", "load", "load_config", "require_replaceable", "save", "written_folder"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -41,7 +41,8 @@ _KEY = "kv_source_layers"
 
 # Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
 _OWN_FILES = (
-    "config.json generation_config.json plan.json model.safetensors model-*.safetensors *.index.json "
+    "config.json generation_config.json plan.json adapter_config.json adapter_model.safetensors "
+    "model.safetensors model-*.safetensors *.index.json "
     "pytorch_model*.bin tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
     "chat_template.* vocab.json vocab.txt merges.txt spiece.model"
 ).split()
@@ -57,7 +58,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, SharingPlan | None]:
     """Load a causal language model, its tokenizer, and the sharing plan in its config.json, if there is one.
 
-    The plan is not applied: `share(model, plan)` does that.
+    The plan is not applied: `share(model, plan)` does that. Where `name` is the folder of an adapter
+    (`depthkv.adapt.adapters`), its base is loaded and wrapped; the adapter is on while layers share, and off otherwise.
 
     Args:
         name: a folder, a .gguf file, `builtin:NAME` or a hub id.
@@ -74,6 +76,14 @@ def load(
     """
     torch_dtype = _parse_dtype(dtype)
     device_map = _parse_device(device)
+    if (base := _adapter_base(name)) is not None:
+        from depthkv.adapt.adapters import load_adapter
+
+        model, tokenizer, _ = load(
+            base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+        plan = _adapter_plan(name, model.config)
+        return load_adapter(model, name), tokenizer, plan
     location = locate(name, progress)
     config = _read_config(location, trust_remote_code)
     _require_causal(config, location.name)
@@ -120,6 +130,12 @@ def load_config(
     Raises:
         CheckpointError: there is no configuration, or it is not that of a decoder-only causal language model.
     """
+    if (base := _adapter_base(name)) is not None:
+        config = load_config(base, trust_remote_code=trust_remote_code, progress=progress)
+        plan = _adapter_plan(name, config)
+        if plan is not None:
+            setattr(config, _KEY, list(plan.kv_source_layers))
+        return config
     location = locate(name, progress)
     config = _read_config(location, trust_remote_code)
     _require_causal(config, location.name)
@@ -148,18 +164,30 @@ def save(
     Raises:
         CheckpointError: `directory` holds something else, the plan is for another model, the disk is full.
     """
-    target = Path(os.path.realpath(Path(directory).expanduser()))
-    require_replaceable(target)
+    require_replaceable(Path(directory))
     if plan is not None:
         _require_layers(plan, model.config, str(directory))
+    with written_folder(directory) as work:
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        _write_plan(work, model.config, plan, provenance)
+
+
+@contextlib.contextmanager
+def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside `directory` to write a checkpoint to; it takes the place of `directory` at the end.
+
+    Raises:
+        CheckpointError: `directory` holds something else, or cannot be written; what was there is left as it was.
+    """
+    target = Path(os.path.realpath(Path(directory).expanduser()))
+    require_replaceable(target)
     work = target.with_name(f".{target.name}.new-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        _write_plan(work, model.config, plan, provenance)
+        yield work
         _replace(target, work)
     except CheckpointError:
         raise
@@ -266,6 +294,30 @@ def _prepare(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokeni
     shutil.rmtree(work, ignore_errors=True)
 
 
+# Adapters
+
+
+def _adapter_base(name: str | os.PathLike[str]) -> str | None:
+    """The model that the adapter in the folder `name` belongs to; None if there is no adapter there."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file() or (Path(name) / "config.json").exists():
+        return None
+    with _reading(str(name)):
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"expected the name of a base model in {path}, got {base!r}")
+    return base
+
+
+def _adapter_plan(name: str | os.PathLike[str], config: PreTrainedConfig) -> SharingPlan | None:
+    path = Path(name) / "plan.json"
+    if not path.is_file():
+        return None
+    plan = SharingPlan.load(path)
+    _require_layers(plan, config, str(name))
+    return plan
+
+
 # Plans in checkpoints
 
 
@@ -314,7 +366,7 @@ def require_replaceable(target: Path) -> None:
     """Refuse folders that `save` would not write to; for a check before hours of work instead of after them."""
     if target.is_dir():
         entries = sorted(path.name for path in target.iterdir())
-        if entries and "config.json" not in entries:
+        if entries and not {"config.json", "adapter_config.json"} & set(entries):
             raise CheckpointError(f"expected a new, empty or checkpoint folder, got {target}, which holds {entries[0]}")
     elif target.exists():
         raise CheckpointError(f"expected a folder to write the checkpoint to, got the file {target}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,8 @@ from torch import nn
 
 
 @contextmanager
-def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-    """A function from tokens `[batch, tokens]` to the head's input, `[batch, tokens, hidden_size]`.
+def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[str, torch.Tensor]], torch.Tensor]]:
+    """A function from a batch (`input_ids` `[batch, tokens]`) to the head's input, `[batch, tokens, hidden_size]`.
 
     Args:
         model: a causal language model of transformers.
@@ -23,9 +23,9 @@ def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[torch.Tens
         seen.append(hidden)
         return hidden[..., :1]  # stands in for logits that nobody reads
 
-    def last_hidden(tokens: torch.Tensor) -> torch.Tensor:
+    def last_hidden(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         seen.clear()
-        model(input_ids=tokens, use_cache=False)
+        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
         (hidden,) = seen
         seen.clear()
         return hidden

@@ -10,6 +10,7 @@ from torch import nn
 
 from depthkv.decoder import Decoder
 from depthkv.errors import DepthKVError
+from depthkv.sharing import ADAPTER_SWITCH
 
 TRAINABLE = ("all", "layers", "attention", "query-output")
 DECAYS = ("cosine", "linear")
@@ -121,10 +122,14 @@ def has_fast_bf16(device: torch.device) -> bool:
 def trainable_parameters(model: nn.Module, decoder: Decoder, trainable: str) -> dict[str, nn.Parameter]:
     """The weights that `AdaptConfig.trainable` selects, by name; those that the caller froze stay out.
 
+    Of a model with an adapter (`depthkv.adapt.adapters`) the adapter trains, whatever `trainable` says.
+
     Raises:
         DepthKVError: nothing is left to train, or "query-output" on a family with one projection for Q, K and V.
     """
     family = decoder.family
+    if hasattr(model, ADAPTER_SWITCH):  # its weights ask for gradients only while it is on
+        return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     if trainable == "all":
         modules: list[nn.Module] = [model]
     elif trainable == "layers":

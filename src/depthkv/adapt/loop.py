@@ -17,7 +17,8 @@ from torch import nn
 
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.cpu_attention import FasterCpuAttention
-from depthkv.adapt.loss import LossFunction, next_token_loss
+from depthkv.adapt.loss import LossFunction
+from depthkv.adapt.objectives import LanguageModelLoss, Objective
 from depthkv.adapt.state import Position, load_state, save_state
 from depthkv.adapt.terminal import StepInfo, deferred_interrupt, training_bar
 from depthkv.decoder import find_decoder
@@ -54,6 +55,7 @@ def adapt(
     config: AdaptConfig,
     *,
     sampler: Sampler | None = None,
+    objective: Objective | None = None,
     on_step: Callable[[StepInfo], None] | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
@@ -68,6 +70,7 @@ def adapt(
         train_blocks: token ids, `[blocks, config.block_size]`, from `depthkv.data.token_blocks`.
         config: the recipe and the budget.
         sampler: draws the maps; None is `RandomCrossLayer` with the config's probability and seed.
+        objective: what is minimised; None is the plain language-model loss.
         on_step: called after every optimizer step, while the model is routed; its time does not count.
         resume_dir: where the state is saved every few minutes, on Ctrl-C and at the end, and taken up from if there is
             one. Delete it with `discard_state` when the trained model is safe.
@@ -85,7 +88,7 @@ def adapt(
     device = next(iter(trained.values())).device
     optimizer = _optimizer(trained, config)
     run = _Run(model, train_blocks, config, optimizer, trained, device)
-    settings = _settings(config, sampler, train_blocks)
+    settings = _settings(config, sampler, objective, train_blocks)
     position = load_state(resume_dir, model, optimizer, trained, settings) if resume_dir is not None else None
     if position is not None:
         run.step, run.seconds, run.losses = position.step, position.seconds, list(position.losses)
@@ -94,9 +97,11 @@ def adapt(
     with ExitStack() as stack:
         stack.enter_context(_training_mode(model, trained))
         dtype = torch.bfloat16 if config.uses_bf16(device) else torch.float32
-        loss_function = stack.enter_context(next_token_loss(model, dtype))
+        loss_function = stack.enter_context((objective or LanguageModelLoss()).bound(model, dtype))
         stack.enter_context(FasterCpuAttention())
-        routing = stack.enter_context(route(model, sampler, step=run.step * config.accumulate_steps))
+        routing = stack.enter_context(
+            route(model, sampler, step=run.step * config.accumulate_steps, only_in_training=True)
+        )
         interrupted = stack.enter_context(deferred_interrupt(enabled=resume_dir is not None))
         bar = stack.enter_context(training_bar(run.info(), enabled=progress))
         last_save = time.monotonic()
@@ -178,7 +183,7 @@ class _Run:
             routing.step = micro
             tokens = self.blocks[batch_rows(len(self.blocks), config.batch_size, micro, config.seed)].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=config.uses_bf16(self.device)):
-                loss = loss_function(tokens)
+                loss = loss_function({"input_ids": tokens})
             value = loss.item()
             if not math.isfinite(value):
                 raise DepthKVError(
@@ -263,11 +268,14 @@ def _check_blocks(model: nn.Module, blocks: torch.Tensor, config: AdaptConfig) -
         raise DataError(f"expected token ids from 0 to {vocabulary - 1}, got {lowest} to {highest}")
 
 
-def _settings(config: AdaptConfig, sampler: Sampler, blocks: torch.Tensor) -> dict[str, Any]:
+def _settings(
+    config: AdaptConfig, sampler: Sampler, objective: Objective | None, blocks: torch.Tensor
+) -> dict[str, Any]:
     """What has to be equal for a run to be taken up again."""
     settings = asdict(config)
     del settings["save_every_minutes"]
     settings["sampler"] = repr(sampler)
+    settings["objective"] = repr(objective or LanguageModelLoss())
     settings["data"] = hashlib.sha256(blocks.contiguous().numpy().tobytes()).hexdigest()[:16]
     return settings
 

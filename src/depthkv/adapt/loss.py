@@ -7,7 +7,7 @@ result is the same sum: no approximation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,9 @@ _CHUNK_ELEMENTS = 2**25
 """Logits of one chunk: 128 MB in fp32. Larger is no faster, smaller makes thin matrix products."""
 _ADD_ROWS = 2048
 
-LossFunction = Callable[[torch.Tensor], torch.Tensor]
+Batch = Mapping[str, torch.Tensor]
+"""`input_ids` `[batch, tokens]`; perhaps `labels` of the same shape (-100 = not predicted) and `attention_mask`."""
+LossFunction = Callable[[Batch], torch.Tensor]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -108,9 +110,24 @@ def chunked_cross_entropy(
     return loss
 
 
+def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions of `[batch * tokens]` predict a token, as indices, and the tokens that they predict."""
+    tokens = batch["input_ids"]
+    labels = batch.get("labels", tokens)
+    following = torch.full_like(labels, -100)
+    following[:, :-1] = labels[:, 1:]
+    if "attention_mask" in batch:
+        # also no label beside a pad token on the left, and none for a pad token on the right
+        visible = batch["attention_mask"].bool()
+        following[:, :-1][~(visible[:, :-1] & visible[:, 1:])] = -100
+    following = following.flatten()
+    rows = (following != -100).nonzero().squeeze(1)
+    return rows, following[rows]
+
+
 @contextmanager
 def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFunction]:
-    """A function from tokens `[batch, tokens]` to the mean loss of predicting each from those before it.
+    """A function from a batch to the mean loss of predicting each token from those before it.
 
     Where the model gives out its linear head's result unchanged, the head hands over its input and the loss is taken in
     chunks; otherwise (soft-capped or scaled logits, an adapter on the head) from the model's own logits. On exit the
@@ -119,17 +136,19 @@ def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFuncti
     head = plain_head(model)
     if head is None:
 
-        def from_logits(tokens: torch.Tensor) -> torch.Tensor:
-            logits = model(input_ids=tokens, use_cache=False).logits
-            return cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().to(logits.device))
+        def from_logits(batch: Batch) -> torch.Tensor:
+            rows, targets = predicted(batch)
+            given = {name: value for name, value in batch.items() if name != "labels"}
+            logits = model(**given, use_cache=False).logits.flatten(0, 1)
+            return cross_entropy(logits[rows].float(), targets.to(logits.device))
 
         yield from_logits
         return
 
-    def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
-        hidden = last_hidden(tokens)
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-        return chunked_cross_entropy(rows, head.weight, head.bias, tokens[:, 1:].flatten().to(rows.device), dtype)
+    def from_hidden(batch: Batch) -> torch.Tensor:
+        rows, targets = predicted(batch)
+        hidden = last_hidden(batch).flatten(0, 1)[rows]
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets.to(hidden.device), dtype)
 
     with headless(model, head) as last_hidden:
         yield from_hidden

@@ -175,7 +175,7 @@ def _token_losses(model: nn.Module) -> Iterator[_TokenLosses]:
         return
 
     def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
-        rows = last_hidden(tokens)[:, :-1].flatten(0, 1).to(head.weight.device)
+        rows = last_hidden({"input_ids": tokens})[:, :-1].flatten(0, 1).to(head.weight.device)
         targets = tokens[:, 1:].flatten()
         chunk = max(1, _CHUNK_ELEMENTS // head.out_features)
         losses = []
