@@ -1,0 +1,210 @@
+"""Ways to train a model for sharing, at the same budget of tokens: held-out loss at several retentions.
+
+Prints one JSON line per method and seed. Recipes are to be chosen by `validation` and reported by `test`: documents of
+the held-out tenth, half of them each.
+
+    python benchmarks/methods.py --methods base r-cla leader-subset --seeds 0 1 2 --out methods.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depthkv import RandomCrossLayer, SharingPlan, load
+from depthkv.adapt import AdaptConfig, adapt
+from depthkv.adapt.adapters import LoraSettings, add_adapter
+from depthkv.adapt.local import LocalConfig, fit_followers
+from depthkv.adapt.objectives import AttentionMatching, Distillation
+from depthkv.adapt.teacher import FrozenTeacher, SelfTeacher
+from depthkv.architectures import layer_kinds
+from depthkv.data import resolve_data, split_documents, token_blocks
+from depthkv.evaluate import retention_curve, spread_blocks
+from depthkv.samplers import (
+    CrossLayerAttention,
+    FullCache,
+    LeaderSubset,
+    Mixture,
+    PerSequence,
+    RandomGroupAttention,
+    ScheduledCrossLayer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the table."""
+
+    sampler: Callable[[int, float], Any]
+    """From a seed and a `cross_layer_prob`."""
+    objective: Callable[[Any], Any] | None = None
+    """From the model as it is before training."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Changes of `AdaptConfig`'s defaults."""
+    lora: LoraSettings | None = None
+    local_fraction: float = 0.0
+    """Part of the tokens for the layer-local stage, before the routed one."""
+    prob: float = 0.45
+
+
+def r_cla(seed: int, prob: float) -> Any:
+    return RandomCrossLayer(cross_layer_prob=prob, seed=seed)
+
+
+def subset(seed: int, prob: float) -> Any:
+    return LeaderSubset(seed=seed)
+
+
+def mixed(seed: int, prob: float) -> Any:
+    parts = (r_cla(seed, prob), LeaderSubset(retentions=(0.5, 0.33, 0.25), seed=seed))
+    return Mixture(samplers=parts, weights=(1, 1), seed=seed)
+
+
+def distilled(weight: float, temperature: float = 1.0) -> Callable[[Any], Any]:
+    return lambda model: Distillation(teacher=FrozenTeacher(model), weight=weight, temperature=temperature)
+
+
+LORA = LoraSettings(rank=16, alpha=32)
+METHODS: dict[str, Method] = {
+    "base": Method(sampler=lambda seed, prob: FullCache()),
+    "cla@2": Method(sampler=lambda seed, prob: CrossLayerAttention(group_size=2)),
+    "rd-cla@2": Method(sampler=lambda seed, prob: RandomGroupAttention(group_size=2, cross_layer_prob=0.5, seed=seed)),
+    "r-cla": Method(sampler=r_cla),
+    # data.md's first trial, the recipe that others are compared with
+    "r-cla, plain recipe": Method(
+        sampler=r_cla,
+        prob=0.6,
+        recipe=dict(
+            learning_rate=3e-4, batch_size=4, trainable="all", decay="cosine", final_lr_fraction=0.05, grad_clip=1.0
+        ),
+    ),
+    "leader-subset": Method(sampler=subset),
+    "r-cla + leader-subset": Method(sampler=mixed),
+    "r-cla, rising prob": Method(
+        sampler=lambda seed, prob: ScheduledCrossLayer(start=0.3, end=0.6, num_steps=600, seed=seed)
+    ),
+    "r-cla, per sequence": Method(
+        sampler=lambda seed, prob: PerSequence(sampler=r_cla(seed, prob)), recipe=dict(batch_size=2, learning_rate=1e-3)
+    ),
+    "r-cla + distillation .5": Method(sampler=r_cla, objective=distilled(0.5)),
+    "r-cla + distillation .9": Method(sampler=r_cla, objective=distilled(0.9)),
+    "leader-subset + distillation .5": Method(sampler=subset, objective=distilled(0.5)),
+    "r-cla + attention matching": Method(
+        sampler=r_cla, objective=lambda model: AttentionMatching(teacher=FrozenTeacher(model), weight=1.0)
+    ),
+    "r-cla, query and output": Method(sampler=r_cla, recipe=dict(trainable="query-output", learning_rate=1.5e-3)),
+    "lora": Method(sampler=r_cla, lora=LORA, recipe=dict(learning_rate=3e-3)),
+    "lora, rank 64": Method(sampler=r_cla, lora=LoraSettings(rank=64, alpha=128), recipe=dict(learning_rate=2e-3)),
+    "lora, lr 6e-3": Method(sampler=r_cla, lora=LORA, recipe=dict(learning_rate=6e-3)),
+    "dora": Method(sampler=r_cla, lora=LoraSettings(rank=16, alpha=32, use_dora=True), recipe=dict(learning_rate=3e-3)),
+    "lora + distillation .5": Method(
+        sampler=r_cla,
+        lora=LORA,
+        recipe=dict(learning_rate=3e-3),
+        objective=lambda model: Distillation(teacher=SelfTeacher(), weight=0.5),
+    ),
+    "local stage + r-cla": Method(sampler=r_cla, local_fraction=0.2),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--data", default="builtin:anarchism")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tokens", type=int, default=307_200)
+    parser.add_argument("--block-size", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=32, help="of validation and of test")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="changes of every recipe")
+    parser.add_argument("--prob", type=float, help="cross_layer_prob of every method")
+    parser.add_argument("--out", type=Path, help="append the lines to this file, too")
+    parser.add_argument("--save", type=Path, help="save the last model to this folder")
+    args = parser.parse_args()
+    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.set)}
+
+    base, tokenizer, _ = load(args.model, dtype="float32", device=args.device)
+    documents, held_out = split_documents(resolve_data(args.data))
+    validation, test = split_documents(held_out, held_out_fraction=0.5, seed=1)
+    train = token_blocks(documents, tokenizer, args.block_size)
+    held = {
+        name: spread_blocks(token_blocks(part, tokenizer, args.block_size), args.blocks)
+        for name, part in (("validation", validation), ("test", test))
+    }
+    kinds = layer_kinds(base.config)
+    plans = {f"every {k}": SharingPlan.every(k, len(kinds), kinds) for k in (1, 2, 3, 4)}
+    plans["front half"] = SharingPlan.from_leaders(range(len(kinds) // 2), len(kinds), kinds)
+
+    def curves(model: Any, bf16: bool) -> dict[str, dict[str, float]]:
+        with torch.autocast("cuda" if "cuda" in args.device else "cpu", torch.bfloat16) if bf16 else nullcontext():
+            measured = {name: retention_curve(model, blocks, list(plans.values())) for name, blocks in held.items()}
+        return {n: dict(zip(plans, (round(r.loss, 4) for r in rows), strict=True)) for n, rows in measured.items()}
+
+    def write(row: dict[str, Any]) -> None:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if args.out is not None:
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    bf16 = AdaptConfig(max_tokens=1).uses_bf16(torch.device(args.device))
+    write({"method": "untrained", "tokens": 0, **curves(base, bf16)})
+    for seed in args.seeds:
+        for name in args.methods:
+            method = METHODS[name]
+            torch.manual_seed(seed)
+            model: Any = copy.deepcopy(base)
+            settings = {"max_tokens": args.tokens, "seed": seed, "block_size": args.block_size, **method.recipe}
+            config = AdaptConfig(**{**settings, **changes})
+            sampler = method.sampler(seed, args.prob or method.prob)
+            started, spent = time.perf_counter(), 0
+            if method.local_fraction:
+                steps = round(method.local_fraction * args.tokens / (2 * args.block_size))
+                local = fit_followers(model, train, sampler, LocalConfig(steps=steps), bf16=bf16)
+                spent = local.tokens
+                config = AdaptConfig(**{**settings, **changes, "max_tokens": args.tokens - spent})
+            if method.lora is not None:
+                model = add_adapter(model, method.lora)
+            objective = method.objective(model) if method.objective is not None else None
+            result = adapt(model, train, config, sampler=sampler, objective=objective, progress=False)
+            write(
+                {
+                    "method": name,
+                    "seed": seed,
+                    "tokens": result.tokens + spent,
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "num_trained": result.num_trained,
+                    "learning_rate": config.learning_rate,
+                    "batch_size": config.batch_size,
+                    "prob": args.prob or method.prob,
+                    "train_loss": round(sum(result.losses[-50:]) / len(result.losses[-50:]), 4),
+                    **curves(model, bf16),
+                }
+            )
+            if args.save is not None:
+                _save(args.save, model, tokenizer, plans["every 2"], args.model, method)
+
+
+def _save(folder: Path, model: Any, tokenizer: Any, plan: SharingPlan, base: str, method: Method) -> None:
+    if method.lora is not None:
+        from depthkv.adapt.adapters import save_adapter
+
+        save_adapter(folder, model.to(torch.bfloat16), base=base, plan=plan)
+    else:
+        from depthkv.checkpoint import save
+
+        save(folder, model.to(torch.bfloat16), tokenizer, plan)
+
+
+if __name__ == "__main__":
+    main()
