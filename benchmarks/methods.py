@@ -69,6 +69,16 @@ def mixed(seed: int, prob: float) -> Any:
     return Mixture(samplers=parts, weights=(1, 1), seed=seed)
 
 
+def served(seed: int, prob: float) -> Any:
+    """Exactly the plans that are served, every k-th layer, each as often as another."""
+    parts = tuple(CrossLayerAttention(group_size=k) for k in (1, 2, 3, 4))
+    return Mixture(samplers=parts, weights=(1,) * 4, seed=seed)
+
+
+def served_and_subset(seed: int, prob: float) -> Any:
+    return Mixture(samplers=(served(seed, prob), LeaderSubset(seed=seed)), weights=(1, 1), seed=seed + 1)
+
+
 def distilled(weight: float, temperature: float = 1.0) -> Callable[[Any], Any]:
     return lambda model: Distillation(teacher=FrozenTeacher(model), weight=weight, temperature=temperature)
 
@@ -112,6 +122,11 @@ METHODS: dict[str, Method] = {
         recipe=dict(learning_rate=3e-3),
         objective=lambda model: Distillation(teacher=SelfTeacher(), weight=0.5),
     ),
+    "lora, r-cla + leader-subset": Method(sampler=mixed, lora=LORA, recipe=dict(learning_rate=3e-3)),
+    "lora, served plans": Method(sampler=served, lora=LORA, recipe=dict(learning_rate=3e-3)),
+    "served plans": Method(sampler=served),
+    "served plans + leader-subset": Method(sampler=served_and_subset),
+    "served plans + distillation .5": Method(sampler=served, objective=distilled(0.5)),
     "local stage + r-cla": Method(sampler=r_cla, local_fraction=0.2),
 }
 

@@ -53,6 +53,8 @@ class Context:
     def __init__(self) -> None:
         self.step: Step | None = None
         self.latest: Step | None = None
+        self.in_force = False
+        """The modules are patched: neither removed nor suspended."""
 
     def current(self) -> Step:
         step = self.step or self.latest

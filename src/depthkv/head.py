@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -14,7 +15,7 @@ def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[st
     """A function from a batch (`input_ids` `[batch, tokens]`) to the head's input, `[batch, tokens, hidden_size]`.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, also one wrapped by PEFT or DistributedDataParallel.
         head: its head, from `plain_head`; its forward is replaced meanwhile.
     """
     seen: list[torch.Tensor] = []
@@ -37,11 +38,18 @@ def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[st
         del head.forward
 
 
+def undistributed(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel, which hides its attributes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's head, if it is a plain linear layer whose result the model returns as it is."""
-    get_head = getattr(model, "get_output_embeddings", None)
+    get_head = getattr(undistributed(model), "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     if type(head) is not nn.Linear or "forward" in head.__dict__ or head._forward_pre_hooks or head._forward_hooks:
+        return None
+    if hasattr(head.weight, "full_tensor"):  # a DTensor: FSDP2 gathers it within the model's forward only
         return None
     # hand the model logits over a wide range: a cap, a scale or a cast to another type would change them
     probe = torch.linspace(-997.0, 991.0, head.out_features, device=head.weight.device)

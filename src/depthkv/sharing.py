@@ -13,15 +13,15 @@ from functools import partial, update_wrapper
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from depthkv import attention, prefill
 from depthkv.architectures import LayerKind, text_config
 from depthkv.attention import Context, Step
 from depthkv.cache import fit_cache
+from depthkv.checkpointing import is_checkpointed, refuse_reentrant_checkpointing, run_step
 from depthkv.decoder import Decoder, find_decoder
-from depthkv.errors import PlanError, UnsupportedModelError
+from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
 
@@ -42,6 +42,7 @@ class Patches:
         self._saved: list[tuple[nn.Module, str, bool, Any]] = []
         self._switch = switch
         """Turns an adapter on or off that belongs to sharing (`depthkv.adapt.adapters`)."""
+        self._context = Context()
         self._activate()
 
     def _activate(self) -> None:
@@ -50,9 +51,10 @@ class Patches:
         if active is not None:
             what = "routed" if isinstance(active, Routing) else "shared"
             raise PlanError(f"expected a model that is neither shared nor routed, got one that is {what} already")
-        setattr(decoder.module, _ACTIVE, self)
         if self._switch is not None:
             self._switch(True)
+        setattr(decoder.module, _ACTIVE, self)
+        self._context.in_force = True
 
     def _replace(self, module: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
         # accelerate keeps its hooks in an instance's `forward`, too: whatever is there is called and put back
@@ -70,7 +72,8 @@ class Patches:
                 setattr(module, name, original)
             else:
                 delattr(module, name)
-        if getattr(self._decoder.module, _ACTIVE, None) is self:
+        if self._context.in_force:
+            self._context.in_force = False
             delattr(self._decoder.module, _ACTIVE)
             if self._switch is not None:
                 self._switch(False)
@@ -101,7 +104,7 @@ class SharedModel(Patches):
         _guarded(self, self._apply)
 
     def _apply(self) -> None:
-        plan, decoder, context = self.plan, self._decoder, Context()
+        plan, decoder, context = self.plan, self._decoder, self._context
         refuse_reentrant_checkpointing(decoder)
         involved = {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
         _patch_layers(self, context, involved, set(plan.followers))
@@ -120,9 +123,9 @@ class SharedModel(Patches):
                 cache = bound.get("past_key_values")
                 if cache is not None:
                     fit_cache(cache, plan)
-                step = Step(plan.kv_source_layers, keep_pairs=_is_checkpointed(decoder))
+                step = Step(plan.kv_source_layers, keep_pairs=is_checkpointed(decoder))
                 step.num_last_positions = tail.positions_needed()
-                output = _run(context, step, decoder, original, args, kwargs)
+                output = run_step(context, step, decoder, original, args, kwargs)
                 made = getattr(output, "past_key_values", None)
                 if made is not None:
                     fit_cache(made, plan)
@@ -144,7 +147,7 @@ class Routing(Patches):
         self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool, only_in_training: bool
     ) -> None:
         decoder = find_decoder(model)
-        super().__init__(decoder, getattr(model, ADAPTER_SWITCH, None))
+        super().__init__(decoder, _adapter_switch(model))
         self.only_in_training = only_in_training
         self.sampler = sampler
         self.step = step
@@ -154,10 +157,11 @@ class Routing(Patches):
         self.last_maps = [self.last_plan]
         """The same for each sequence of the batch, where the sampler draws one for each; otherwise one map."""
         self.skip_unread = skip_unread
+        self._is_suspended = False
         _guarded(self, self._apply)
 
     def _apply(self) -> None:
-        decoder, context = self._decoder, Context()
+        decoder, context = self._decoder, self._context
         refuse_reentrant_checkpointing(decoder)
         everyone = set(range(decoder.num_layers))
         _patch_layers(self, context, everyone, everyone)
@@ -166,8 +170,7 @@ class Routing(Patches):
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 if self.only_in_training and not decoder.module.training:
-                    everyone_itself = Step(tuple(range(decoder.num_layers)))
-                    return _run(context, everyone_itself, decoder, original, args, kwargs)
+                    return self._run_unrouted(original, args, kwargs)
                 arguments = signature.bind(*args, **kwargs).arguments
                 if arguments.get("past_key_values") is not None:
                     raise PlanError(
@@ -175,8 +178,8 @@ class Routing(Patches):
                         "past_key_values; generate under share(model, plan) instead"
                     )
                 kwargs["use_cache"] = False
-                step = Step(*self._draw(arguments), skip_unread=self.skip_unread, keep_pairs=_is_checkpointed(decoder))
-                return _run(context, step, decoder, original, args, kwargs)
+                step = Step(*self._draw(arguments), skip_unread=self.skip_unread, keep_pairs=is_checkpointed(decoder))
+                return run_step(context, step, decoder, original, args, kwargs)
 
             return forward
 
@@ -199,15 +202,40 @@ class Routing(Patches):
         self.step += 1
         return maps
 
+    def _run_unrouted(self, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        decoder = self._decoder
+        everyone_itself = Step(tuple(range(decoder.num_layers)), keep_pairs=is_checkpointed(decoder))
+        if self._switch is None:
+            return run_step(self._context, everyone_itself, decoder, original, args, kwargs)
+        self._switch(False)
+        try:
+            return run_step(self._context, everyone_itself, decoder, original, args, kwargs)
+        finally:
+            self._switch(True)
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The model exactly as it was before `route`, so that it can be shared and measured in between."""
+        """The model exactly as it was before `route`, so that it can be shared and measured in between.
+
+        Does nothing where routing is suspended or removed already.
+        """
+        if not self._context.in_force:
+            yield
+            return
         self.remove()
+        self._is_suspended = True
         try:
             yield
         finally:
-            self._activate()
-            _guarded(self, self._apply)
+            if self._is_suspended:  # not removed meanwhile
+                self._is_suspended = False
+                self._activate()
+                _guarded(self, self._apply)
+
+    def remove(self) -> None:
+        """See `Patches.remove`; ends a suspension, too."""
+        self._is_suspended = False
+        super().remove()
 
 
 def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
@@ -230,7 +258,7 @@ def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
     """
     if not isinstance(plan, SharingPlan):
         raise PlanError(f"expected a SharingPlan, got {type(plan).__name__}")
-    return SharedModel(find_decoder(model), plan, getattr(model, ADAPTER_SWITCH, None))
+    return SharedModel(find_decoder(model), plan, _adapter_switch(model))
 
 
 def route(
@@ -248,7 +276,7 @@ def route(
         step: number of the first forward, to resume a run.
         skip_unread: do not compute K and V that no layer reads in a step. Their weights then get no gradient in that
             step; DistributedDataParallel wants False.
-        only_in_training: in evaluation mode every layer reads its own KV, and no step is counted.
+        only_in_training: in evaluation mode the model is as it was, with its own KV and caches, and no step is counted.
 
     Raises:
         PlanError: the model is shared or routed already, or the sampler drew an invalid map.
@@ -286,26 +314,17 @@ def _check_kinds(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None
             )
 
 
-def refuse_reentrant_checkpointing(decoder: Decoder) -> None:
-    """Reentrant checkpointing detaches each layer's inputs: gradients through another layer's K and V would be lost."""
-    for layer in decoder.layers:
-        if getattr(layer, "gradient_checkpointing", False):
-            function = getattr(layer, "_gradient_checkpointing_func", None)
-            keywords = getattr(_unwrapped(function), "keywords", {})
-            if keywords.get("use_reentrant", True):
-                raise UnsupportedModelError(
-                    "expected non-reentrant gradient checkpointing, got use_reentrant=True, with which gradients "
-                    "through shared keys and values are silently wrong; call gradient_checkpointing_enable("
-                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
-                )
-
-
 def _wait_for_first_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: None
 
 
-def _unwrapped(function: Any) -> Any:
-    return getattr(function, "_depthkv_original", function)
+def _adapter_switch(model: nn.Module) -> Callable[[bool], None] | None:
+    """The switch of the model itself or of one inside it, below a wrapper."""
+    for module in model.modules():
+        if ADAPTER_SWITCH in module.__dict__:
+            switch: Callable[[bool], None] = module.__dict__[ADAPTER_SWITCH]
+            return switch
+    return None
 
 
 def _guarded(patches: Patches, apply: Callable[[], None]) -> None:
@@ -339,50 +358,3 @@ def _patch_layers(patches: Patches, context: Context, attending: set[int], skipp
         norm = getattr(module, family.k_norm, None) if family.k_norm else None
         if isinstance(norm, nn.Module):
             patches._replace(norm, "forward", partial(attention.norm_forward, context, layer))
-
-
-def _is_checkpointed(decoder: Decoder) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return decoder.has_checkpoint_wrapper or any(
-        getattr(layer, "gradient_checkpointing", False) and layer.training for layer in decoder.layers
-    )
-
-
-def _run(
-    context: Context, step: Step, decoder: Decoder, original: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-) -> Any:
-    context.latest = None
-    if not step.keep_pairs:
-        with context.bound(step):
-            return original(*args, **kwargs)
-    refuse_reentrant_checkpointing(decoder)
-    # transformers' checkpointing layers recompute through their own function: bind this step in it, so that several
-    # forwards before one backward each find their own pairs again. Other checkpoint wrappers find the latest step.
-    saved: list[tuple[Any, Any]] = []
-    layers: list[Any] = decoder.layers
-    for layer in layers:
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if function is not None and getattr(layer, "gradient_checkpointing", False):
-            saved.append((layer, function))
-            layer._gradient_checkpointing_func = _bound_checkpoint(context, step, function)
-    try:
-        with context.bound(step):
-            output = original(*args, **kwargs)
-    finally:
-        for layer, function in saved:
-            layer._gradient_checkpointing_func = function
-    context.latest = step
-    return output
-
-
-def _bound_checkpoint(context: Context, step: Step, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def with_step(*inputs: Any, **options: Any) -> Any:
-            with context.bound(step):
-                return function(*inputs, **options)
-
-        return checkpoint(with_step, *args, **kwargs)
-
-    run._depthkv_original = checkpoint  # type: ignore[attr-defined]
-    return run

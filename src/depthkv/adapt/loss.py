@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +27,49 @@ Batch = Mapping[str, torch.Tensor]
 LossFunction = Callable[[Batch], torch.Tensor]
 
 
+class NextTokenLoss(Protocol):
+    """A `LossFunction` that can take a teacher's word into account."""
+
+    def __call__(self, batch: Batch, soft: SoftTargets | None = None) -> torch.Tensor:
+        """Mean loss; the rows of `soft` are those of `predicted`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTargets:
+    """What a teacher expects at each row: its likeliest tokens, and one bucket for all others.
+
+    The loss becomes `(1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || model)`.
+    """
+
+    log_probabilities: torch.Tensor
+    """`[rows, k]`, of the teacher at `temperature`."""
+    tokens: torch.Tensor
+    """`[rows, k]`, ids without repetition in a row."""
+    weight: float
+    temperature: float
+
+    def rows(self, part: slice) -> SoftTargets:
+        """The same for some rows."""
+        return replace(self, log_probabilities=self.log_probabilities[part], tokens=self.tokens[part])
+
+    def divergence(self, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """KL of each row, and by how much the teacher's rest exceeds ours (a ratio), both `[rows, 1]`.
+
+        Args:
+            ours: the model's log probabilities of `tokens`, at `temperature`.
+        """
+        known = self.log_probabilities.to(ours.dtype)
+        inside = (known.exp() * (known - ours)).sum(-1, keepdim=True)
+        rest, our_rest = ((1 - log.exp().sum(-1, keepdim=True)).clamp(min=1e-6) for log in (known, ours))
+        return inside + rest * (rest.log() - our_rest.log()), rest / our_rest
+
+    def to(self, device: torch.device) -> SoftTargets:
+        """The same on another device."""
+        known, tokens = self.log_probabilities.to(device), self.tokens.to(device)
+        return replace(self, log_probabilities=known, tokens=tokens)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of `hidden @ weight.T + bias`; gradients are computed in forward, chunk by chunk."""
 
@@ -37,8 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         dtype: torch.dtype,
+        soft: SoftTargets | None,
     ) -> torch.Tensor:
-        rows, vocabulary = hidden.shape[0], weight.shape[0]
+        rows, vocabulary = max(1, hidden.shape[0]), weight.shape[0]  # a batch may predict nothing: loss 0
+        text = 1.0 if soft is None else 1 - soft.weight
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         chunk = -(-rows // -(-rows * vocabulary // _CHUNK_ELEMENTS))  # equal chunks
         with torch.autocast(hidden.device.type, enabled=False):
@@ -51,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias) if needs_bias and bias is not None else None
             low = hidden_low.new_empty(chunk, vocabulary)
             wide = low if dtype == wide_dtype else torch.empty_like(low, dtype=wide_dtype)
-            for start in range(0, rows, chunk):
+            for start in range(0, len(hidden), chunk):
                 some = hidden_low[start : start + chunk]
                 index = targets[start : start + chunk, None]
                 logits, scores = low[: len(some)], wide[: len(some)]
@@ -62,11 +108,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     scores.copy_(logits)
                 largest = scores.amax(dim=-1, keepdim=True)
                 target_scores = scores.gather(1, index)
+                if soft is not None:
+                    few = soft.rows(slice(start, start + chunk))
+                    few_scores = scores.gather(1, few.tokens)
                 total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-                loss += (total.log() + largest - target_scores).sum()
+                loss += text * (total.log() + largest - target_scores).sum()
                 # scores becomes the gradient: (softmax - one at the target) / rows
-                scores.mul_((1 / rows) / total)
-                scores.scatter_add_(1, index, scores.new_full((len(some), 1), -1 / rows))
+                if soft is None:
+                    scores.mul_((1 / rows) / total)
+                else:
+                    loss += _add_soft_gradient(scores, total, few, few_scores - largest, rows)
+                scores.scatter_add_(1, index, scores.new_full((len(some), 1), -text / rows))
                 if grad_bias is not None:
                     grad_bias += scores.sum(dim=0)
                 if scores is not logits:
@@ -85,7 +137,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
         gradients = ctx.gradients
         del ctx.gradients  # in place below, so once only
-        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None
+        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
+
+
+def _add_soft_gradient(
+    scores: torch.Tensor, total: torch.Tensor, soft: SoftTargets, few_scores: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """Turn `scores`, which are exponentials that add up to `total`, into the gradient but for the text's own tokens.
+
+    With q the model's soft-max at the temperature, p the teacher's and r the ratio of their rests, the KL's gradient is
+    q - p at the teacher's likeliest tokens and q - r q at all others.
+
+    Args:
+        few_scores: logits at the teacher's tokens, less the largest of the row.
+        rows: of the whole batch.
+
+    Returns:
+        The sum of what the rows add to the loss.
+    """
+    temperature, weight = soft.temperature, soft.weight
+    # at temperature 1 one soft-max serves both parts
+    warm = scores if temperature == 1 else scores.pow(1 / temperature)
+    warm_total = total if temperature == 1 else warm.sum(dim=-1, keepdim=True)
+    ours = few_scores / temperature - warm_total.log()
+    kl, ratio = soft.divergence(ours)
+    pull = weight * temperature / rows
+    if warm is scores:
+        scores.mul_(((1 - weight) / rows + pull * (1 - ratio)) / total)
+    else:
+        scores.mul_((1 - weight) / rows / total).addcmul_(warm, pull * (1 - ratio) / warm_total)
+    scores.scatter_add_(1, soft.tokens, pull * (ratio * ours.exp() - soft.log_probabilities.to(ours.dtype).exp()))
+    return weight * temperature**2 * kl.sum()
 
 
 def chunked_cross_entropy(
@@ -94,6 +176,7 @@ def chunked_cross_entropy(
     bias: torch.Tensor | None,
     targets: torch.Tensor,
     dtype: torch.dtype | None = None,
+    soft: SoftTargets | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy in nats of a linear head, equal to `cross_entropy(linear(hidden, weight, bias), targets)`.
 
@@ -102,11 +185,14 @@ def chunked_cross_entropy(
         weight: `[vocabulary, hidden_size]`; `bias` is `[vocabulary]` or None.
         targets: `[rows]`, token ids.
         dtype: of the matrix products; None takes the weight's. Soft-max and loss are in fp32 (fp64 for fp64).
+        soft: a teacher's word, mixed with `targets`.
 
     Returns:
-        A scalar that can be differentiated once.
+        A scalar, 0 without rows, that can be differentiated once.
     """
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, dtype or weight.dtype)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, dtype or weight.dtype, soft
+    )
     return loss
 
 
@@ -126,7 +212,7 @@ def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFunction]:
+def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[NextTokenLoss]:
     """A function from a batch to the mean loss of predicting each token from those before it.
 
     Where the model gives out its linear head's result unchanged, the head hands over its input and the loss is taken in
@@ -136,19 +222,25 @@ def next_token_loss(model: nn.Module, dtype: torch.dtype) -> Iterator[LossFuncti
     head = plain_head(model)
     if head is None:
 
-        def from_logits(batch: Batch) -> torch.Tensor:
+        def from_logits(batch: Batch, soft: SoftTargets | None = None) -> torch.Tensor:
             rows, targets = predicted(batch)
             given = {name: value for name, value in batch.items() if name != "labels"}
-            logits = model(**given, use_cache=False).logits.flatten(0, 1)
-            return cross_entropy(logits[rows].float(), targets.to(logits.device))
+            logits = model(**given, use_cache=False).logits.flatten(0, 1)[rows].float()
+            total = cross_entropy(logits, targets.to(logits.device), reduction="sum")
+            if soft is not None:
+                soft = soft.to(logits.device)
+                kl, _ = soft.divergence((logits / soft.temperature).log_softmax(-1).gather(1, soft.tokens))
+                total = (1 - soft.weight) * total + soft.weight * soft.temperature**2 * kl.sum()
+            return total / max(1, len(rows))
 
         yield from_logits
         return
 
-    def from_hidden(batch: Batch) -> torch.Tensor:
+    def from_hidden(batch: Batch, soft: SoftTargets | None = None) -> torch.Tensor:
         rows, targets = predicted(batch)
         hidden = last_hidden(batch).flatten(0, 1)[rows]
-        return chunked_cross_entropy(hidden, head.weight, head.bias, targets.to(hidden.device), dtype)
+        soft = None if soft is None else soft.to(hidden.device)
+        return chunked_cross_entropy(hidden, head.weight, head.bias, targets.to(hidden.device), dtype, soft)
 
     with headless(model, head) as last_hidden:
         yield from_hidden

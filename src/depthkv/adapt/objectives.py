@@ -13,17 +13,12 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
-from depthkv.adapt.loss import Batch, LossFunction, next_token_loss, predicted
+from depthkv.adapt.loss import Batch, LossFunction, SoftTargets, next_token_loss, predicted
 from depthkv.adapt.teacher import Teacher, recorded_outputs
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
-from depthkv.head import headless, plain_head
-
-_CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk: 64 MB in fp32."""
+from depthkv.head import undistributed
 
 
 class Objective(Protocol):
@@ -33,7 +28,7 @@ class Objective(Protocol):
         """A function from a batch to its mean loss per predicted token, nats; on exit the model is as before.
 
         Args:
-            model: a causal language model, routed or about to be.
+            model: a causal language model, routed or about to be; perhaps wrapped by DistributedDataParallel.
             dtype: of the matrix products of the head.
         """
         ...
@@ -53,7 +48,7 @@ class Distillation:
     """`weight * KL(teacher || routed model) + (1 - weight) * language-model loss`.
 
     The teacher's distribution is its `top_k` likeliest tokens and one bucket for all others, so a teacher can be stored
-    (`top_k` numbers a token instead of a vocabulary) and the loss needs no second soft-max over it.
+    (`top_k` numbers a token instead of a vocabulary), and at temperature 1 the loss needs no second soft-max over it.
     """
 
     teacher: Teacher
@@ -72,45 +67,19 @@ class Distillation:
     @contextmanager
     def bound(self, model: nn.Module, dtype: torch.dtype) -> Iterator[LossFunction]:
         """See `Objective.bound`."""
-        head = plain_head(model)
-        if head is None:
-            raise DepthKVError(
-                "expected a model whose logits are its linear head's result for distillation, got one that caps, "
-                "scales or adapts them"
-            )
-        vocabulary = head.out_features
-
-        def piece(
-            hidden: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor | None,
-            targets: torch.Tensor,
-            known: torch.Tensor,
-            index: torch.Tensor,
-        ) -> torch.Tensor:
-            with torch.autocast(hidden.device.type, enabled=False):
-                low = None if bias is None else bias.to(dtype)
-                scores = linear(hidden.to(dtype), weight.to(dtype), low).float()
-                text = (scores.logsumexp(-1) - scores.gather(1, targets[:, None]).squeeze(1)).sum()
-                scores = scores / self.temperature
-                ours = scores.gather(1, index) - scores.logsumexp(-1, keepdim=True)
-                return (1 - self.weight) * text + self.weight * self.temperature**2 * _bucketed_kl(known, ours)
 
         def loss(batch: Batch) -> torch.Tensor:
-            rows, targets = predicted(batch)
-            known, index = self.teacher.top(batch, self.top_k, self.temperature)
-            known, index = known.flatten(0, 1)[rows], index.flatten(0, 1)[rows]
-            hidden = last_hidden(batch).flatten(0, 1)[rows]
-            chunk = max(1, _CHUNK_ELEMENTS // vocabulary)
-            total = hidden.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(hidden), chunk):
-                part = slice(start, start + chunk)
-                # the chunk's logits are computed again in backward instead of being kept
-                arguments = (hidden[part], head.weight, head.bias, targets[part], known[part], index[part])
-                total = total + checkpoint(piece, *arguments, use_reentrant=False)
-            return total / max(1, len(hidden))
+            rows, _ = predicted(batch)
+            known, tokens = self.teacher.top(batch, self.top_k, self.temperature)
+            soft = SoftTargets(
+                log_probabilities=known.flatten(0, 1)[rows],
+                tokens=tokens.flatten(0, 1)[rows],
+                weight=self.weight,
+                temperature=self.temperature,
+            )
+            return mixed_loss(batch, soft)
 
-        with self.teacher.of(model), headless(model, head) as last_hidden:
+        with self.teacher.of(undistributed(model)), next_token_loss(model, dtype) as mixed_loss:
             yield loss
 
 
@@ -127,28 +96,30 @@ class AttentionMatching:
     @contextmanager
     def bound(self, model: nn.Module, dtype: torch.dtype) -> Iterator[LossFunction]:
         """See `Objective.bound`."""
-        decoder = find_decoder(model)
+        decoder = find_decoder(undistributed(model))
         modules = [decoder.attention(layer) for layer in range(decoder.num_layers)]
 
         def loss(batch: Batch) -> torch.Tensor:
             expected = self.teacher.attention_outputs(batch)
             with recorded_outputs(modules) as outputs:
                 text = text_loss(batch)
-            errors = [relative_error(ours, theirs) for ours, theirs in zip(outputs, expected, strict=True)]
+            errors = [
+                relative_error(visible(ours, batch), visible(theirs, batch))
+                for ours, theirs in zip(outputs, expected, strict=True)
+            ]
             return text + self.weight * torch.stack(errors).mean()
 
-        with self.teacher.of(model), next_token_loss(model, dtype) as text_loss:
+        with self.teacher.of(undistributed(model)), next_token_loss(model, dtype) as text_loss:
             yield loss
+
+
+def visible(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The rows of `[batch, tokens, hidden_size]` that are no padding: what pad tokens attend to means nothing."""
+    mask = batch.get("attention_mask")
+    return outputs if mask is None else outputs[mask.bool().to(outputs.device)]
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     """`|ours - theirs|^2 / |theirs|^2`, fp32."""
     theirs = theirs.float()
     return (ours.float() - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)
-
-
-def _bucketed_kl(known: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
-    """KL of two distributions given by log probabilities `[rows, k]` of k tokens; the rest is one bucket. Sum."""
-    inside = (known.exp() * (known - ours)).sum()
-    rest_known, rest_ours = (torch.log1p(-log.exp().sum(-1).clamp(max=1 - 1e-6)) for log in (known, ours))
-    return inside + (rest_known.exp() * (rest_known - rest_ours)).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,11 @@ from depthkv.decoder import find_decoder
 from depthkv.errors import CheckpointError, DepthKVError
 from depthkv.files import replacing
 from depthkv.head import plain_head
-from depthkv.sharing import ADAPTER_SWITCH
+from depthkv.sharing import _ACTIVE as ACTIVE
+from depthkv.sharing import ADAPTER_SWITCH, Routing
+
+_CHUNK_ELEMENTS = 2**22
+"""Logits of one chunk: 16 MB in fp32, memory that the next chunk gets again instead of fresh pages."""
 
 
 class Teacher(Protocol):
@@ -64,7 +68,7 @@ class FrozenTeacher:
 class SelfTeacher:
     """The student itself, unrouted and with its adapter off: no second copy of the weights.
 
-    For LoRA (`depthkv.adapt.adapters`), whose base never changes. The student has to be routed with `only_in_training`.
+    For LoRA (`depthkv.adapt.adapters`), whose base never changes. Routing is suspended meanwhile and counts no step.
     """
 
     def __init__(self) -> None:
@@ -97,14 +101,15 @@ class SelfTeacher:
         model, full = self._model, self._full
         if model is None or full is None:
             raise RuntimeError("expected a student, got none")
-        switch = getattr(model, ADAPTER_SWITCH)
+        active = getattr(full.decoder.module, ACTIVE, None)
+        if active is not None and not isinstance(active, Routing):
+            raise DepthKVError("expected a student that is routed or neither routed nor shared, got one that is shared")
         training = model.training
         model.eval()
-        switch(False)
         try:
-            yield full
+            with active.suspended() if active is not None else nullcontext():  # this switches the adapter, too
+                yield full
         finally:
-            switch(True)
             model.train(training)
 
 
@@ -205,28 +210,37 @@ def _fingerprint(block: torch.Tensor) -> bytes:
 
 
 class _FullCache:
-    """A model's decoder and head, to run with every layer's own cache."""
+    """A model that runs with every layer's own cache."""
 
     def __init__(self, model: nn.Module) -> None:
-        head = plain_head(model)
-        if head is None:
-            raise DepthKVError("expected a teacher whose logits are its linear head's result, got another one")
-        self.head, self.decoder = head, find_decoder(model)
+        self.model, self.head, self.decoder = model, plain_head(model), find_decoder(model)
 
     def _forward(self, batch: Batch) -> Any:
         given = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-        return self.decoder.module(**given, use_cache=False)
+        # soft-capped or scaled logits come from the model itself, and FSDP2 gathers weights in its forward only
+        runs = self.model if self.head is None else self.decoder.module
+        return runs(**given, use_cache=False)
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.head
+        # the head's forward may be replaced meanwhile
+        return hidden if head is None else linear(hidden.to(head.weight.dtype), head.weight, head.bias)
 
     @torch.no_grad()
     def top(self, batch: Batch, top_k: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         values, index = [], []
-        # the head's forward may be replaced meanwhile; a sequence at a time, since logits of a batch are large
-        for hidden in self._forward(batch).last_hidden_state:
-            logits = linear(hidden.to(self.head.weight.dtype), self.head.weight, self.head.bias).float() / temperature
-            top = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        output = self._forward(batch)
+        output = output.logits if self.head is None else output.last_hidden_state
+        vocabulary = output.shape[-1] if self.head is None else self.head.out_features
+        for some in output.flatten(0, 1).split(max(1, _CHUNK_ELEMENTS // vocabulary)):
+            logits = self._scores(some).float()
+            if temperature != 1:
+                logits /= temperature
+            top = logits.topk(min(top_k, vocabulary), dim=-1)
             values.append(top.values - logits.logsumexp(-1, keepdim=True))
             index.append(top.indices)
-        return torch.stack(values), torch.stack(index)
+        shape = *output.shape[:2], -1
+        return torch.cat(values).reshape(shape), torch.cat(index).reshape(shape)
 
     @torch.no_grad()
     def attention_outputs(self, batch: Batch) -> list[torch.Tensor]:
