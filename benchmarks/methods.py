@@ -51,6 +51,8 @@ class Method:
     recipe: dict[str, Any] = field(default_factory=dict)
     """Changes of `AdaptConfig`'s defaults."""
     lora: LoraSettings | None = None
+    base_fraction: float = 0.0
+    """Part of the tokens for ordinary fine-tuning of all layers, before what the rest says."""
     local_fraction: float = 0.0
     """Part of the tokens for the layer-local stage, before the routed one."""
     prob: float = 0.45
@@ -77,6 +79,18 @@ def served(seed: int, prob: float) -> Any:
 
 def served_and_subset(seed: int, prob: float) -> Any:
     return Mixture(samplers=(served(seed, prob), LeaderSubset(seed=seed)), weights=(1, 1), seed=seed + 1)
+
+
+EVEN = (1.0, 0.5, 1 / 3, 0.25)
+
+
+def even(seed: int, prob: float) -> Any:
+    """Half of the time evenly spaced leaders, half of the time any."""
+    return LeaderSubset(retentions=EVEN, even_prob=0.5, seed=seed)
+
+
+def even_below_1(seed: int, prob: float) -> Any:
+    return LeaderSubset(retentions=EVEN[1:], even_prob=0.5, seed=seed)
 
 
 def distilled(weight: float, temperature: float = 1.0) -> Callable[[Any], Any]:
@@ -127,6 +141,20 @@ METHODS: dict[str, Method] = {
     "served plans": Method(sampler=served),
     "served plans + leader-subset": Method(sampler=served_and_subset),
     "served plans + distillation .5": Method(sampler=served, objective=distilled(0.5)),
+    "even leader-subset": Method(sampler=even),
+    "lora, even leader-subset": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3)),
+    "base .3, then lora": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3), base_fraction=0.3),
+    "base .5, then lora": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3), base_fraction=0.5),
+    "base .5, then lora + distillation .5": Method(
+        sampler=even_below_1,
+        lora=LORA,
+        recipe=dict(learning_rate=3e-3),
+        base_fraction=0.5,
+        objective=lambda model: Distillation(teacher=SelfTeacher(), weight=0.5),
+    ),
+    "base .3, then even leader-subset + distillation .5": Method(
+        sampler=even, base_fraction=0.3, objective=distilled(0.5)
+    ),
     "local stage + r-cla": Method(sampler=r_cla, local_fraction=0.2),
 }
 
@@ -143,6 +171,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="of validation and of test")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="changes of every recipe")
     parser.add_argument("--prob", type=float, help="cross_layer_prob of every method")
+    parser.add_argument("--base-learning-rate", type=float, default=AdaptConfig(max_tokens=1).learning_rate)
     parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     parser.add_argument("--save", type=Path, help="save the last model to this folder")
     args = parser.parse_args()
@@ -183,6 +212,11 @@ def main() -> None:
             config = AdaptConfig(**{**settings, **changes})
             sampler = method.sampler(seed, args.prob or method.prob)
             started, spent = time.perf_counter(), 0
+            if method.base_fraction:
+                first = {**settings, **changes, "max_tokens": round(method.base_fraction * args.tokens)}
+                first["learning_rate"] = args.base_learning_rate
+                spent = adapt(model, train, AdaptConfig(**first), sampler=FullCache(), progress=False).tokens
+                config = AdaptConfig(**{**settings, **changes, "max_tokens": args.tokens - spent})
             if method.local_fraction:
                 steps = round(method.local_fraction * args.tokens / (2 * args.block_size))
                 local = fit_followers(model, train, sampler, LocalConfig(steps=steps), bf16=bf16)

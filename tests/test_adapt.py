@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from transformers import (
     CohereConfig,
@@ -21,11 +22,11 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from depthkv import SharingPlan, share
+from depthkv import RandomCrossLayer, SharingPlan, share
 from depthkv.adapt import AdaptConfig, AdaptResult, StepInfo, adapt, discard_state, has_state
 from depthkv.adapt.cpu_attention import FasterCpuAttention
-from depthkv.adapt.loop import batch_rows
 from depthkv.adapt.loss import chunked_cross_entropy, next_token_loss
+from depthkv.adapt.run import _Endless
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.head import plain_head
 
@@ -274,12 +275,16 @@ def test_frozen_weights_stay_frozen() -> None:
 
 
 def test_order_of_the_data() -> None:
-    rows = [row for step in range(6) for row in batch_rows(8, 4, step, seed=0)]
-    epochs = rows[:8], rows[8:16], rows[16:]
+    def rows(seed: int, count: int = 24) -> list[int]:
+        data = _Endless(make_blocks(8), make_config(seed=seed, max_tokens=16 * 24), 1)
+        assert len(data) == 24
+        return [data.row(position) for position in range(count)]
+
+    order = rows(0)
+    epochs = order[:8], order[8:16], order[16:]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert Counter(batch_rows(3, 7, 0, seed=0)) == Counter([0, 0, 1, 1, 2, 2, batch_rows(3, 7, 0, seed=0)[-1]])
-    assert batch_rows(100, 4, 3, seed=0) != batch_rows(100, 4, 3, seed=1)
+    assert rows(1) != order == rows(0)
 
 
 def test_schedule() -> None:
@@ -342,30 +347,44 @@ def test_state_of_another_run_is_refused(tmp_path: Path) -> None:
         train(make_model(), make_config(learning_rate=1e-3), resume_dir=tmp_path)
     with pytest.raises(CheckpointError, match="data = "):
         adapt(make_model(), make_blocks(seed=4), make_config(), progress=False, resume_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="of the same model"):
+    with pytest.raises(CheckpointError, match=r"model = .LlamaForCausalLM of .* parameters"):
         train(make_model(hidden_size=64), make_config(), resume_dir=tmp_path)
 
 
-def test_damaged_state_is_named(tmp_path: Path) -> None:
-    train(make_model(), make_config(), resume_dir=tmp_path)
-    (state,) = tmp_path.iterdir()
-    (state / "optimizer.safetensors").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match=f"training state in {state}"):
-        train(make_model(), make_config(), resume_dir=tmp_path)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    config = make_config(save_every_minutes=1e-9)
+    whole = make_model()
+    train(whole, config, resume_dir=tmp_path)
+    states = sorted(tmp_path.iterdir(), key=lambda path: int(path.name.partition("-")[2]))
+    assert [path.name for path in states] == ["checkpoint-7", "checkpoint-8"]
+    file = states[1] / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    warnings: list[str] = []
+    again = make_model(seed=9)
+    assert train(again, config, resume_dir=tmp_path, warn=warnings.append).first_step == 7
+    assert_equal_weights(weights(again), weights(whole))
+    assert len(warnings) == 1 and "checkpoint-8 is damaged (optimizer.pt is not what was written)" in warnings[0]
+    for state in tmp_path.iterdir():
+        (state / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"whole checkpoint.*model\.safetensors is missing"):
+        train(make_model(), config, resume_dir=tmp_path)
 
 
-def test_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(*args: Any) -> None:
+@pytest.mark.parametrize(
+    "part", ["torch.save", "transformers.PreTrainedModel.save_pretrained", "depthkv.adapt.trainer.seal"]
+)
+def test_a_full_disk_keeps_the_checkpoint_before(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     def break_saving(info: StepInfo) -> None:
         if info.step == 3:
-            monkeypatch.setattr("depthkv.adapt.state.save_file", no_space)
+            monkeypatch.setattr(part, no_space)
 
     config = make_config(save_every_minutes=1e-9)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="no space left on the disk"):
         train(make_model(), config, on_step=break_saving, resume_dir=tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["adapt-state-00000002"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     monkeypatch.undo()
     assert train(make_model(), config, resume_dir=tmp_path).first_step == 2
 
@@ -407,7 +426,7 @@ def test_bad_blocks_are_named() -> None:
         adapt(make_model(), torch.tensor([[0, 96] * 8]), make_config(), progress=False)
 
 
-def test_loss_that_is_not_finite_names_the_step() -> None:
+def test_loss_that_is_not_finite_is_kept(tmp_path: Path) -> None:
     model = make_model()
 
     def spoil(info: StepInfo) -> None:
@@ -415,9 +434,15 @@ def test_loss_that_is_not_finite_names_the_step() -> None:
             with torch.no_grad():
                 model.model.norm.weight.fill_(float("nan"))
 
-    with pytest.raises(DepthKVError, match="finite loss, got nan in step 3 at learning rate"):
-        train(model, make_config(), on_step=spoil)
-    assert "forward" not in model.model.__dict__
+    with pytest.raises(DepthKVError, match=r"finite loss, got nan in step 3 at learning rate.*batch and map are in"):
+        train(model, make_config(), on_step=spoil, resume_dir=tmp_path)
+    assert "forward" not in model.model.__dict__ and "forward" not in model.lm_head.__dict__
+    record = json.loads((tmp_path / "failed-step-3/step.json").read_text())
+    (drawn,) = record["kv_source_layers"]
+    expected = RandomCrossLayer(cross_layer_prob=make_config().cross_layer_prob).draw(2, [None] * 4)
+    assert record["step"] == 3 and drawn == expected
+    batch = load_file(tmp_path / "failed-step-3/batch.safetensors")["input_ids"]
+    assert batch.shape == (4, 16)
 
 
 def test_query_output_needs_a_query_projection() -> None:

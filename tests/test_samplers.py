@@ -103,6 +103,14 @@ def test_leader_subsets() -> None:
     assert_fits([counts[drawn] for drawn in outcomes], list(outcomes.values()))
 
 
+def test_leader_subsets_that_are_often_even() -> None:
+    counts = Counter(draws(LeaderSubset(retentions=(0.5,), even_prob=0.6), [None] * 4))
+    # layers 0 and 2 lead by chance, too: one of three sets of two
+    outcomes = {(0, 0, 2, 2): 0.6 + 0.4 / 3, (0, 1, 1, 1): 0.4 / 3, (0, 0, 0, 3): 0.4 / 3}
+    assert counts.keys() <= outcomes.keys()
+    assert_fits([counts[drawn] for drawn in outcomes], list(outcomes.values()))
+
+
 def test_plan_weighted() -> None:
     sampler = PlanWeighted(plan=PLAN, plan_prob=0.75, cross_layer_prob=0.5)
     drawn = draws(sampler, [None] * 6)

@@ -67,11 +67,14 @@ class RandomGroupAttention:
 class LeaderSubset:
     """What serving does: some layers lead, each other one reads the nearest leader below it.
 
-    Distribution: a retention r, uniform over `retentions`; then, of the layers that are not the first of their kind, a
-    uniform subset so large that round(r * layers) lead (the first of each kind always does).
+    Distribution: a retention r, uniform over `retentions`; then with probability `even_prob` the leaders of
+    `SharingPlan.for_retention(r, kinds)`, otherwise, of the layers that are not the first of their kind, a uniform
+    subset so large that round(r * layers) lead (the first of each kind always does).
     """
 
     retentions: tuple[float, ...] = (1.0, 0.7, 0.5, 0.4, 0.33, 0.25)
+    even_prob: float = 0.0
+    """0 trains for any set of leaders alike, 1 for the evenly spaced ones only."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,11 +82,14 @@ class LeaderSubset:
             raise DepthKVError("expected at least one retention, got none")
         for retention in self.retentions:
             _probability("retention", retention)
+        _probability("even_prob", self.even_prob)
 
     def draw(self, step: int, kinds: Sequence[Hashable]) -> list[int]:
         """See `Sampler.draw`."""
         rng = step_rng(self.seed, step)
         retention = rng.choice(self.retentions)
+        if rng.random() < self.even_prob:
+            return list(SharingPlan.for_retention(retention, kinds).kv_source_layers)
         first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
         others = [layer for layer, kind in enumerate(kinds) if first[kind] != layer]
         wanted = max(0, round(retention * len(kinds)) - len(first))

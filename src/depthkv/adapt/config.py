@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 
 from depthkv.decoder import Decoder
 from depthkv.errors import DepthKVError
+from depthkv.plan import SharingPlan
 from depthkv.sharing import ADAPTER_SWITCH
 
 TRAINABLE = ("all", "layers", "attention", "query-output")
-DECAYS = ("cosine", "linear")
-PRECISIONS = ("auto", "bf16", "fp32")
+DECAYS = ("cosine", "linear", "constant")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+REPORTERS = ("tensorboard", "trackio", "wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class AdaptConfig:
     warmup_fraction: float = 0.03
     """Part of the budget in which the learning rate rises linearly."""
     decay: str = "linear"
-    """Shape of the fall after warm-up: "cosine" or "linear"."""
+    """Shape of the fall after warm-up: "cosine", "linear", or "constant" for none."""
     final_lr_fraction: float = 0.0
     """Learning rate at the end, as a fraction of `learning_rate`."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -60,9 +63,22 @@ class AdaptConfig:
     """Which weights train: "all", "layers" (all but embeddings, head and final norm), "attention" or "query-output"
     (attention without what makes K and V)."""
     precision: str = "auto"
-    """"bf16": autocast over fp32 weights, "fp32", or "auto": bf16 where the processor has instructions for it."""
+    """"bf16": autocast over fp32 weights, "fp16": the same with a loss scale (GPUs only), "fp32", or "auto": bf16 where
+    the processor has instructions for it."""
+    gradient_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass: less memory, a third more time."""
+    independent_maps: bool = False
+    """In a distributed run each process draws routing maps of its own instead of the same ones."""
     save_every_minutes: float = 10.0
     """Minutes between two saves of the state, where `adapt` has a `resume_dir`."""
+    eval_every: int | None = None
+    """Optimizer steps between two measurements of the held-out retention curve; the best state is kept at the end."""
+    best_mix: tuple[tuple[float, float], ...] = ((1.0, 1.0), (0.5, 1.0), (0.25, 1.0))
+    """Pairs (retention, weight): the curve's points, and the mean by which a state is the best."""
+    early_stop: int | None = None
+    """Stop after so many measurements without a better one."""
+    report_to: tuple[str, ...] = ()
+    """Where losses go: "tensorboard", "trackio", "wandb" or "mlflow", if they are installed."""
 
     def __post_init__(self) -> None:
         if (self.max_tokens is None) == (self.max_minutes is None):
@@ -86,6 +102,18 @@ class AdaptConfig:
                 raise DepthKVError(f"expected {name} between 0 and 1, got {value!r}")
         if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise DepthKVError(f"expected two betas between 0 and 1, got {self.betas!r}")
+        for name in ("eval_every", "early_stop"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        if self.early_stop is not None and self.eval_every is None:
+            raise DepthKVError("expected eval_every with early_stop, got none")
+        if not self.best_mix or not all(0 < r <= 1 and w >= 0 for r, w in self.best_mix):
+            raise DepthKVError(f"expected best_mix in pairs of a retention and a weight, got {self.best_mix!r}")
+        if not sum(weight for _, weight in self.best_mix) > 0:
+            raise DepthKVError("expected a weight above 0 in best_mix, got none")
+        for name in self.report_to:
+            if name not in REPORTERS:
+                raise DepthKVError(f"expected report_to among {', '.join(REPORTERS)}, got {name!r}")
         for name, choices in (("trainable", TRAINABLE), ("decay", DECAYS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise DepthKVError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -101,8 +129,13 @@ class AdaptConfig:
             # by the clock, the first step's length is unknown: it gets a tenth of the peak rather than nothing
             return self.learning_rate * max(progress / self.warmup_fraction, 0.1)
         rest = (min(progress, 1.0) - self.warmup_fraction) / max(1e-9, 1 - self.warmup_fraction)
-        shape = 0.5 * (1 + math.cos(math.pi * rest)) if self.decay == "cosine" else 1 - rest
+        shape = {"cosine": 0.5 * (1 + math.cos(math.pi * rest)), "linear": 1 - rest, "constant": 1.0}[self.decay]
         return self.learning_rate * (self.final_lr_fraction + (1 - self.final_lr_fraction) * shape)
+
+    def curve(self, kinds: Sequence[Hashable]) -> tuple[list[SharingPlan], list[float]]:
+        """Plans and weights of `best_mix`."""
+        plans = [SharingPlan.for_retention(retention, kinds) for retention, _ in self.best_mix]
+        return plans, [weight for _, weight in self.best_mix]
 
     def uses_bf16(self, device: torch.device) -> bool:
         """Whether forward and backward run under bf16 autocast on this device."""
