@@ -143,8 +143,18 @@ METHODS: dict[str, Method] = {
     "served plans + distillation .5": Method(sampler=served, objective=distilled(0.5)),
     "even leader-subset": Method(sampler=even),
     "lora, even leader-subset": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3)),
-    "base .3, then lora": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3), base_fraction=0.3),
-    "base .5, then lora": Method(sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3), base_fraction=0.5),
+    **{
+        f"base {share:.1f}, then lora".replace("0.", "."): Method(
+            sampler=even_below_1, lora=LORA, recipe=dict(learning_rate=3e-3), base_fraction=share
+        )
+        for share in (0.3, 0.5, 0.6, 0.7)
+    },
+    "base .6, then lora, rank 32, lr 4e-3": Method(
+        sampler=even_below_1,
+        lora=LoraSettings(rank=32, alpha=64),
+        recipe=dict(learning_rate=4e-3),
+        base_fraction=0.6,
+    ),
     "base .5, then lora + distillation .5": Method(
         sampler=even_below_1,
         lora=LORA,

@@ -199,9 +199,93 @@ def adapt(model: Path, text: Path, out: Path, *more: object) -> int:
     return run("adapt", model, "--data", text, "--out", out, *options, *more)
 
 
-def test_adapt_writes_a_checkpoint_with_its_plan(model: Path, text: Path, tmp_path: Path) -> None:
+def test_adapt_trains_the_model_and_an_adapter_for_sharing(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert adapt(model, text, out, "--tokens", 32 * 40, "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")
+    assert found["tokens"] == 32 * 40 and found["steps"] == 6 and len(found["finetune_losses"]) == 14
+    assert [row["retention"] for row in found["rows"]] == [1.0, 0.5, 0.5, 0.25]
+    assert found["rows"][1]["loss"] < found["rows_before"][1]["loss"]
+    adapted, _, plan = load(out)
+    base, _, none = load(out / "base")
+    assert plan == HALF and plan.provenance["tokens"] == 32 * 40 and none is None
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(adapted(ids).logits, base(ids).logits)
+    assert not torch.equal(base(ids).logits, load(model)[0](ids).logits)
+    # the folder is a model for every other command, and its plan is used
+    assert run("evaluate", out, "--data", text, "--blocks", 2, "--block-size", 32, "--json", tmp_path / "e.json") == 0
+    assert figures(tmp_path / "e.json")["rows"][1]["loss"] == pytest.approx(found["rows"][1]["loss"], rel=1e-4)
+    assert adapt(model, text, out, "--tokens", 64) == 0  # replaced
+
+
+def test_adapter_alone_refers_to_the_model(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ("--tokens", 32 * 8, "--finetune", 0, "--trainable", "dora", "--rank", 2, "--objective", "distill")
+    assert adapt(model, text, out, *more) == 0
+    assert not (out / "base").exists() and (out / "adapter_model.safetensors").stat().st_size < 100_000
+    assert load(out)[2] == HALF
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--objective", "attention", "--sampler", "r-cla+leader-subset"),
+        ("--objective", "distill", "--sampler", "per-sequence:r-cla", "--accumulate-steps", 2),
+        ("--local-steps", 3, "--sampler", "plan", "--gradient-checkpointing"),
+        ("--eval-every", 2, "--early-stop", 1, "--best-mix", "1:1,.5:2", "--decay", "constant", "--warmup", 0.1),
+        ("--trainable", "query-output", "--sampler", "rd-cla:2", "--independent-maps"),
+    ],
+    ids=lambda more: more[1],
+)
+def test_adapt_has_options(more: tuple[object, ...], model: Path, text: Path, tmp_path: Path) -> None:
+    more = more if "--trainable" in more else ("--trainable", "layers", *more)
+    assert adapt(model, text, tmp_path / "out", "--tokens", 32 * 16, *more) == 0
+    assert load(tmp_path / "out")[2] == HALF
+
+
+def test_dry_run_estimates_and_writes_nothing(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for trainable in ("lora", "all"):
+        more = ("--tokens", 32 * 40, "--trainable", trainable, "--dry-run", "--json", tmp_path / "o.json")
+        assert adapt(model, text, tmp_path / "out", *more) == 0
+        found = figures(tmp_path / "o.json")
+        assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * found["num_trained"]
+        assert found["total_bytes"] > found["weight_bytes"] > 4 * found["num_trained"] - 1
+    assert "20 steps in about" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
+
+
+def test_pre_training_and_the_shallower_model(model: Path, text: Path, tmp_path: Path) -> None:
+    for more, layers in (((), 4), (("--equal-cache", 0.5), 2)):
+        out = tmp_path / f"out{layers}"
+        assert adapt(model, text, out, "--from-config", "--tokens", 32 * 8, *more) == 0
+        new, _, plan = load(out)
+        assert new.config.num_hidden_layers == layers and plan == (HALF if layers == 4 else None)
+
+
+def test_question_answering(model: Path, tmp_path: Path) -> None:
+    def question(number: int) -> dict[str, Any]:
+        answer = {"text": f"w{number}", "answer_start": 0}
+        return {"id": str(number), "question": "w1 w2", "answers": [answer]}
+
+    articles = [
+        {"title": f"t{a}", "paragraphs": [{"context": f"w{a} w5 w6", "qas": [question(a), question(5)]}]}
+        for a in range(8)
+    ]
+    squad = written(tmp_path / "squad.json", json.dumps({"data": articles}))
+    out = tmp_path / "out"
+    more = ("--task", "qa", "--tokens", 32 * 8, "--trainable", "layers", "--json", tmp_path / "o.json")
+    assert adapt(model, squad, out, *more) == 0
+    rows = figures(tmp_path / "o.json")["rows"]
+    assert [row["num_questions"] for row in rows] == [2] * 4 and all(0 <= row["f1"] <= 100 for row in rows)
+
+
+def test_adapt_writes_a_checkpoint_with_its_plan(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ("--trainable", "layers", "--json", tmp_path / "o.json")
+    assert adapt(model, text, out, "--tokens", 32 * 40, *more) == 0
     found = figures(tmp_path / "o.json")
     assert found["tokens"] == 32 * 40 and found["steps"] == 20 == len(found["losses"]) and found["seconds"] > 0
     assert [row["retention"] for row in found["rows"]] == [1.0, 0.5, 0.5, 0.25]
@@ -212,8 +296,9 @@ def test_adapt_writes_a_checkpoint_with_its_plan(model: Path, text: Path, tmp_pa
     assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
 
 
+@pytest.mark.parametrize("stop", [7, 17], ids=["fine-tuning", "adapter"])
 def test_adapt_goes_on_after_an_interruption(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop: int, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert adapt(model, text, whole, "--tokens", 32 * 40) == 0
@@ -222,7 +307,7 @@ def test_adapt_goes_on_after_an_interruption(
     def step(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 7:
+        if steps == stop:
             os.kill(os.getpid(), signal.SIGINT)
         return real(self, *arguments, **options)
 
@@ -232,7 +317,8 @@ def test_adapt_goes_on_after_an_interruption(
     assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists()
     assert adapt(model, text, out, "--tokens", 32 * 40) == 0
     assert steps == 20
-    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    for name in ("base/model.safetensors", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "out.unfinished").exists()
 
 
@@ -391,10 +477,10 @@ def test_full_disk(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("depthkv.adapt.state.save_file", full)
+    monkeypatch.setattr("torch.save", full)
     assert adapt(model, text, tmp_path / "out", "--tokens", 64) == 2
     err = capsys.readouterr().err
-    assert "No space left on device" in err and "Traceback" not in err
+    assert "no space left on the disk" in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 

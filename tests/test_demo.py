@@ -44,18 +44,18 @@ def test_demo_leaves_everything_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_demo_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import depthkv.adapt.loop as loop
+    from depthkv.adapt.trainer import RoutingTrainer
 
-    real, calls = loop._Run.one_step, 0
+    real, calls = RoutingTrainer.compute_loss, 0
 
-    def stop(self: Any, *arguments: Any) -> Any:
+    def stop(self: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 5:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
-    monkeypatch.setattr(loop._Run, "one_step", stop)
+    monkeypatch.setattr(RoutingTrainer, "compute_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         # every step is saved: what a kill would have left
         demo(tmp_path, recipe={**RECIPE, "save_every_minutes": 1e-9})
@@ -99,8 +99,16 @@ def test_foreign_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_demo_on_the_real_model(tmp_path: Path) -> None:
+def test_demo_with_the_adapter(tmp_path: Path) -> None:
     figures = run_demo(tmp_path / "out", device="cpu", progress=False)
+    full, half = figures["after"][:2]
+    assert figures["before"][1]["loss"] > 11 and half["loss"] <= 3.3 and full["loss"] == figures["before"][0]["loss"]
+    assert figures["seconds"]["total"] < 5 * 60
+
+
+@pytest.mark.slow
+def test_demo_on_the_real_model(tmp_path: Path) -> None:
+    figures = run_demo(tmp_path / "out", train=True, device="cpu", progress=False)
     full, half = figures["after"][:2]
     assert figures["before"][1]["loss"] > 11 and half["loss"] <= 4.2 and full["loss"] <= 3.35
     assert figures["seconds"]["total"] < 15 * 60

@@ -33,16 +33,32 @@ from depthkv.errors import CheckpointError, PlanError
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
-__all__ = ["BUILTIN_MODELS", "load", "load_config", "require_replaceable", "save", "written_folder"]
+__all__ = [
+    "BUILTIN_ADAPTERS",
+    "BUILTIN_MODELS",
+    "builtin_adapter",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "require_replaceable",
+    "save",
+    "written_folder",
+]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _KEY = "kv_source_layers"
 
+BUILTIN_ADAPTERS = ("builtin:smollm2-135m-depthkv",)
+"""Adapters that come with the package, each with a model card."""
+_ADAPTERS = Path(__file__).parent / "adapters"
+_BASE = "base"
+"""What an adapter calls a base model that lies in its own folder."""
+
 # Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
 _OWN_FILES = (
     "config.json generation_config.json plan.json adapter_config.json adapter_model.safetensors "
-    "model.safetensors model-*.safetensors *.index.json "
+    "model.safetensors model-*.safetensors *.index.json base "
     "pytorch_model*.bin tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
     "chat_template.* vocab.json vocab.txt merges.txt spiece.model"
 ).split()
@@ -62,7 +78,7 @@ def load(
     (`depthkv.adapt.adapters`), its base is loaded and wrapped; the adapter is on while layers share, and off otherwise.
 
     Args:
-        name: a folder, a .gguf file, `builtin:NAME` or a hub id.
+        name: a folder (also of an adapter), a .gguf file, `builtin:NAME` or a hub id.
         dtype: "auto" (as stored; float32 for GGUF), "float32", "bfloat16", "float16", "float64" or a torch.dtype.
         device: "cpu", "cuda", "cuda:N", or "auto" (spread over the visible GPUs, the CPU if there is none).
         trust_remote_code: run Python code that comes with the checkpoint. Off, because it can do anything.
@@ -76,6 +92,7 @@ def load(
     """
     torch_dtype = _parse_dtype(dtype)
     device_map = _parse_device(device)
+    name = builtin_adapter(name)
     if (base := _adapter_base(name)) is not None:
         from depthkv.adapt.adapters import load_adapter
 
@@ -130,6 +147,7 @@ def load_config(
     Raises:
         CheckpointError: there is no configuration, or it is not that of a decoder-only causal language model.
     """
+    name = builtin_adapter(name)
     if (base := _adapter_base(name)) is not None:
         config = load_config(base, trust_remote_code=trust_remote_code, progress=progress)
         plan = _adapter_plan(name, config)
@@ -140,6 +158,26 @@ def load_config(
     config = _read_config(location, trust_remote_code)
     _require_causal(config, location.name)
     return config
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False, progress: Progress | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Args:
+        name: anything that `load` takes.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        progress: gets one line before a download; by default it goes to stderr.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = builtin_adapter(name)
+    location = locate(_adapter_base(name) or name, progress)
+    with _reading(location.name):
+        tokenizer: PreTrainedTokenizerBase = _read_tokenizer(location, trust_remote_code)
+    return tokenizer
 
 
 def save(
@@ -297,6 +335,12 @@ def _prepare(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokeni
 # Adapters
 
 
+def builtin_adapter(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The folder in the package that `name` means, if it is that of a built-in adapter; otherwise `name`."""
+    text = os.fspath(name)
+    return _ADAPTERS / text.removeprefix("builtin:") if text in BUILTIN_ADAPTERS else name
+
+
 def _adapter_base(name: str | os.PathLike[str]) -> str | None:
     """The model that the adapter in the folder `name` belongs to; None if there is no adapter there."""
     path = Path(name) / "adapter_config.json"
@@ -306,7 +350,7 @@ def _adapter_base(name: str | os.PathLike[str]) -> str | None:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"expected the name of a base model in {path}, got {base!r}")
-    return base
+    return str(path.parent / _BASE) if base == _BASE else base
 
 
 def _adapter_plan(name: str | os.PathLike[str], config: PreTrainedConfig) -> SharingPlan | None:

@@ -17,8 +17,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state, has_state
+from depthkv.adapt.adapters import load_adapter
 from depthkv.architectures import layer_kinds
-from depthkv.checkpoint import load, save
+from depthkv.checkpoint import BUILTIN_ADAPTERS, builtin_adapter, load, save
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
@@ -26,8 +27,11 @@ from depthkv.files import write_text
 from depthkv.memory import format_bytes, measured_cache_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
+from depthkv.samplers import default_sampler
 from depthkv.sharing import share
 
+BUILTIN = "builtin:smollm2-135m"
+ADAPTER = BUILTIN_ADAPTERS[0]
 CPU_MINUTES = 11.0
 """Training minutes on a CPU: with downloads, two curves and samples the demo then takes about 13."""
 GPU_MINUTES = 0.75
@@ -42,8 +46,9 @@ _OWN = {"figures.json", "retention.png", "loss.png", "plan.png", "samples.txt", 
 def run_demo(
     out: str | os.PathLike[str],
     *,
+    train: bool = False,
     minutes: float | None = None,
-    model_name: str = "builtin:smollm2-135m",
+    model_name: str = BUILTIN,
     data: str = "builtin:anarchism",
     device: str = "auto",
     eval_blocks: int = 16,
@@ -53,11 +58,13 @@ def run_demo(
 ) -> dict[str, Any]:
     """Measure, adapt, measure again, generate; everything goes into the folder `out`.
 
-    Writes `figures.json` (what this returns), `retention.png`, `loss.png`, `plan.png`, `samples.txt` and the adapted
-    checkpoint `model/` with its plan. A demo that was stopped during training goes on where it was.
+    Writes `figures.json` (what this returns), `retention.png`, `plan.png` and `samples.txt`. Adapted is the built-in
+    model by the adapter that comes with depthkv. With `train` it is trained here instead, which also leaves `loss.png`
+    and the checkpoint `model/` with its plan; a demo that was stopped during training goes on where it was.
 
     Args:
         out: a new folder, or one of an earlier demo.
+        train: train instead of taking the adapter; implied by `minutes`, `recipe` and by another model.
         minutes: training minutes; None is `CPU_MINUTES` or `GPU_MINUTES`. The rest takes about two minutes on 2 cores.
         model_name: anything that `depthkv.load` takes.
         data: `builtin:NAME` or a path. Where a built-in text cannot be fetched, the other one or the bundled one is
@@ -77,6 +84,7 @@ def run_demo(
     _check_folder(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    train = train or minutes is not None or recipe is not None or model_name != BUILTIN
     if minutes is None:
         minutes = CPU_MINUTES if device == "cpu" else GPU_MINUTES
     config = AdaptConfig(**{"max_minutes": minutes, "seed": seed, **(recipe or {})})
@@ -104,11 +112,24 @@ def run_demo(
         before = _curve(model, held_out, plans, bf16)
         samples = _samples("before", model, tokenizer, prompt, shared_plan)
 
-    with _timed(seconds, "training"):
-        tell.print(
-            f"Training with stochastic KV routing for {minutes:g} minutes; Ctrl-C stops, the same command resumes"
-        )
-        result = adapt(model, train_blocks, config, resume_dir=out / "training", progress=progress)
+    result = None
+    if train:
+        with _timed(seconds, "training"):
+            tell.print(
+                f"Training with stochastic KV routing for {minutes:g} minutes; Ctrl-C stops, the same command resumes"
+            )
+            result = adapt(
+                model,
+                train_blocks,
+                config,
+                sampler=default_sampler(seed),
+                resume_dir=out / "training",
+                progress=progress,
+                warn=lambda line: tell.print(line, markup=False),
+            )
+    else:
+        tell.print(f"Switching on the adapter {ADAPTER} (--train trains one here instead)")
+        model = load_adapter(model, builtin_adapter(ADAPTER))
 
     with _timed(seconds, "after"):
         tell.print("Measuring the adapted model")
@@ -116,11 +137,12 @@ def run_demo(
         samples += _samples("after", model, tokenizer, prompt, shared_plan)
 
     with _timed(seconds, "saving"):
-        provenance = {"made_by": "depthkv demo", "base_model": model_name, "data": data_used, "tokens": result.tokens}
-        save(out / "model", model, tokenizer, shared_plan, provenance)
         plot_retention({"untrained": before, "adapted": after}, out / "retention.png")
-        tokens_per_step = config.tokens_per_step
-        plot_loss([tokens_per_step * (i + 1) for i in range(result.steps)], result.losses, out / "loss.png")
+        if result is not None:
+            provenance = {"made_by": "depthkv demo", "base_model": model_name, "data": data_used}
+            save(out / "model", model, tokenizer, shared_plan, {**provenance, "tokens": result.tokens})
+            tokens_at = [config.tokens_per_step * (i + 1) for i in range(result.steps)]
+            plot_loss(tokens_at, result.losses, out / "loss.png")
         plot_plan(shared_plan, out / "plan.png", kinds=kinds)
         write_text(out / "samples.txt", _samples_text(tokenizer.decode(prompt[0]), samples), "sample text")
     seconds["total"] = time.perf_counter() - started
@@ -131,19 +153,21 @@ def run_demo(
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "threads": torch.get_num_threads(),
         "held_out_tokens": held_out.numel(),
-        "config": asdict(config),
+        "adapter": None if train else ADAPTER,
+        "config": asdict(config) if train else None,
         "precision": "bf16" if bf16 else "fp32",
         "before": [asdict(row) for row in before],
         "after": [asdict(row) for row in after],
-        "training": _training_figures(result),
+        "training": _training_figures(result) if result is not None else None,
         "kv_source_layers": list(shared_plan.kv_source_layers),
         "samples": samples,
         "seconds": seconds,
     }
     write_text(out / "figures.json", json.dumps(figures, indent=2) + "\n", "the figures")
     # only now is everything safe that the state of the training could give back
-    discard_state(out / "training")
-    (out / "training").rmdir()
+    if result is not None:
+        discard_state(out / "training")
+        (out / "training").rmdir()
     return figures
 
 
@@ -161,15 +185,17 @@ def print_figures(figures: Mapping[str, Any], out: str | os.PathLike[str], conso
         )
     console.print(table)
     for sample in figures["samples"]:
-        label = f"{sample['when']} training, {sample['cache']} cache ({format_bytes(sample['cache_bytes'])})"
+        label = f"{sample['when']} adapting, {sample['cache']} cache ({format_bytes(sample['cache_bytes'])})"
         console.print(label, style="bold", highlight=False)
         console.print(sample["text"].strip(), markup=False, highlight=False)
     training, seconds = figures["training"], figures["seconds"]
-    console.print(
-        f"{training['tokens']:,} training tokens at {training['tokens_per_second']:,.0f} per second; "
-        f"{seconds['total'] / 60:.1f} minutes in all. Pictures, figures.json and the model are in {Path(out)}/",
-        highlight=False,
-    )
+    if training is not None:
+        how = f"{training['tokens']:,} training tokens at {training['tokens_per_second']:,.0f} per second"
+        left = "Pictures, figures.json and the model are"
+    else:
+        how = f"Adapted by {figures['adapter']}; depthkv demo --train does without it"
+        left = "Pictures and figures.json are"
+    console.print(f"{how}; {seconds['total'] / 60:.1f} minutes in all. {left} in {Path(out)}/", highlight=False)
 
 
 def _documents(data: str, tell: Console) -> tuple[list[Document], str]:
@@ -231,7 +257,7 @@ def _samples_text(prompt: str, samples: Sequence[Mapping[str, Any]]) -> str:
     parts = [f"Prompt (held-out text): {prompt}"]
     for sample in samples:
         size = format_bytes(sample["cache_bytes"])
-        parts.append(f"{sample['when']} training, {sample['cache']} cache, {size}:\n{sample['text'].strip()}")
+        parts.append(f"{sample['when']} adapting, {sample['cache']} cache, {size}:\n{sample['text'].strip()}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -210,6 +210,20 @@ def independent(sampler: Sampler, rank: int) -> Sampler:
     return replace(sampler, **changes) if changes else sampler  # type: ignore[type-var]
 
 
+SERVED = (1.0, 0.5, 1 / 3, 0.25)
+"""Retentions of every k-th layer, k from 1 to 4."""
+
+
+def default_sampler(seed: int = 0, *, for_adapter: bool = False) -> LeaderSubset:
+    """What recovered most per training token (docs/results.md): served retentions, half of the sets evenly spaced.
+
+    Args:
+        seed: of the draws.
+        for_adapter: leave out retention 1, in which an adapter of sharing is off.
+    """
+    return LeaderSubset(retentions=SERVED[1:] if for_adapter else SERVED, even_prob=0.5, seed=seed)
+
+
 def parse_sampler(
     text: str, *, cross_layer_prob: float = 0.5, seed: int = 0, plan: SharingPlan | None = None
 ) -> Sampler:
@@ -254,6 +268,7 @@ def _make(kind: Any) -> Callable[[dict[str, Any]], Sampler]:
 SAMPLERS: Mapping[str, Callable[[dict[str, Any]], Sampler]] = {
     "r-cla": _make(RandomCrossLayer),
     "leader-subset": _make(LeaderSubset),
+    "even": lambda values: default_sampler(values["seed"]),
     "cla": _make(CrossLayerAttention),
     "rd-cla": _make(RandomGroupAttention),
     "plan": _make(PlanWeighted),

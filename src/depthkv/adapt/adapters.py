@@ -117,6 +117,7 @@ def save_adapter(
     peft_model: Any,
     *,
     base: str,
+    tokenizer: Any = None,
     plan: SharingPlan | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
@@ -125,7 +126,9 @@ def save_adapter(
     Args:
         directory: where to.
         peft_model: from `add_adapter`.
-        base: the name by which `depthkv.load` finds the base model.
+        base: the name by which `depthkv.load` finds the base model; "base" writes it into the folder `base` beside
+            the adapter, for a base whose own weights were trained.
+        tokenizer: saved with such a base.
         plan: what the adapter is meant for.
         provenance: how it was made.
 
@@ -138,6 +141,12 @@ def save_adapter(
     for config in peft_model.peft_config.values():
         config.base_model_name_or_path = base
     with written_folder(directory) as work:
+        if base == "base":
+            inner = peft_model.get_base_model()
+            # PEFT has put its layers between: without them these are the base's own names
+            weights = {n.replace(".base_layer", ""): w for n, w in inner.state_dict().items() if "lora_" not in n}
+            inner.save_pretrained(work / "base", state_dict=weights)
+            tokenizer.save_pretrained(work / "base")
         peft_model.save_pretrained(work, safe_serialization=True, save_embedding_layers=False)
         (work / "README.md").unlink(missing_ok=True)  # PEFT's empty template
         if plan is not None:

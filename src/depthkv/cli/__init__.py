@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 import typer
 
+from depthkv.cli.demo import demo_command
 from depthkv.cli.measure import bench_command, evaluate_command, generate_command, inspect_command
-from depthkv.cli.train import adapt_command, demo_command
+from depthkv.cli.train import adapt_command
 from depthkv.errors import DepthKVError
 
 __all__ = ["app", "main"]

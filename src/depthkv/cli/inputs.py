@@ -143,6 +143,19 @@ BlockSize = Annotated[int, option("--block-size", count, "N", "Tokens in one blo
 Seed = Annotated[int, option("--seed", integer, "N", "Of everything random.")]
 
 
+# Processes
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes, among those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def process_device() -> str:
+    """The device of this process."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
 # Models, plans and text
 
 

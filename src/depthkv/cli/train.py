@@ -1,27 +1,49 @@
-"""Commands that train: adapt and demo."""
+"""The command that trains: adapt."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state
+from depthkv.adapt import AdaptConfig, discard_state
+from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
-from depthkv.checkpoint import load, require_replaceable, save
+from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
+from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, StagesResult, estimate, train_in_stages
+from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, waiting, write_json
 from depthkv.data import resolve_data, split_documents, token_blocks
-from depthkv.errors import DepthKVError
+from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
+from depthkv.evaluate.qa import QAScores, evaluate_qa
+from depthkv.memory import format_bytes
+from depthkv.plan import SharingPlan
+from depthkv.qa import Question, collate, encode, read_squad, split_articles
 from depthkv.report import plot_loss, plot_plan, plot_retention
+from depthkv.routing import Sampler
+from depthkv.samplers import SAMPLERS, FullCache, parse_sampler
 
 _DEFAULT = AdaptConfig(max_minutes=15.0)
-_MINUTES = f"Training time.  [default: {_DEFAULT.max_minutes:g}]"
+_FINETUNE = 0.7
+"""Part of the budget for the full-cache model, where an adapter trains: measured in docs/results.md."""
+_MAX_QA_TOKENS = 512
+
+
+@dataclass
+class _Task:
+    """What is trained and measured on."""
+
+    examples: Any
+    blocks: torch.Tensor | None
+    questions: list[Question] | None = None
+    collate: Any = None
 
 
 def adapt_command(
@@ -34,153 +56,348 @@ def adapt_command(
         float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
     ] = None,
     tokens: Annotated[int | None, option("--tokens", count, "N", "Training tokens, instead of --minutes.")] = None,
-    learning_rate: Annotated[float, option("--learning-rate", positive, "LR", "Peak.")] = _DEFAULT.learning_rate,
+    trainable: Annotated[
+        str,
+        typer.Option(
+            "--trainable",
+            metavar="|".join(("lora", "dora", *TRAINABLE)),
+            help="An adapter that is on while layers share, or the model's own weights.",
+        ),
+    ] = "lora",
+    rank: Annotated[int, option("--rank", count, "N", "Of the adapter.")] = 16,
+    finetune: Annotated[
+        float | None,
+        option(
+            "--finetune",
+            inputs.probability,
+            "SHARE",
+            f"Part of the budget for ordinary fine-tuning first.  [default: {_FINETUNE:g} with an adapter, else 0]",
+        ),
+    ] = None,
+    local_steps: Annotated[
+        int, option("--local-steps", count_or_none, "N", "Steps of the layer-local stage before routing.")
+    ] = 0,
+    sampler: Annotated[
+        str,
+        typer.Option("--sampler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; cla:K, rd-cla:K; A+B mixes two."),
+    ] = "even",
     cross_layer_prob: Annotated[
         float,
         option(
             "--cross-layer-prob",
             inputs.probability,
             "P",
-            "Probability that a layer reads an earlier layer's KV in a step.",
+            "For r-cla, rd-cla and plan: probability that a layer reads an earlier layer's KV in a step.",
         ),
     ] = _DEFAULT.cross_layer_prob,
+    objective: Annotated[str, typer.Option("--objective", metavar="|".join(OBJECTIVES))] = "lm",
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", metavar="FILE", help="For distill: a stored teacher instead of a live one."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        option(
+            "--learning-rate",
+            positive,
+            "LR",
+            f"Peak.  [default: {ADAPTER_LEARNING_RATE:g} for an adapter, else {_DEFAULT.learning_rate:g}]",
+        ),
+    ] = None,
+    warmup: Annotated[
+        float, option("--warmup", inputs.probability, "SHARE", "Part of the budget in which the rate rises.")
+    ] = _DEFAULT.warmup_fraction,
+    decay: Annotated[str, typer.Option("--decay", metavar="|".join(DECAYS))] = _DEFAULT.decay,
     batch_size: inputs.BatchSize = _DEFAULT.batch_size,
     accumulate_steps: Annotated[
         int, option("--accumulate-steps", count, "N", "Forwards in one optimizer step.")
     ] = _DEFAULT.accumulate_steps,
     block_size: inputs.BlockSize = _DEFAULT.block_size,
-    decay: Annotated[str, typer.Option("--decay", metavar="|".join(DECAYS))] = _DEFAULT.decay,
-    trainable: Annotated[str, typer.Option("--trainable", metavar="|".join(TRAINABLE))] = _DEFAULT.trainable,
     precision: Annotated[str, typer.Option("--precision", metavar="|".join(PRECISIONS))] = _DEFAULT.precision,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    eval_every: Annotated[
+        int | None, option("--eval-every", count, "N", "Measure every N steps, and keep the best state.")
+    ] = None,
+    best_mix: Annotated[
+        str | None,
+        typer.Option(
+            "--best-mix", metavar="R:W,...", help="Retentions and weights of the best.  [default: 1:1,.5:1,.25:1]"
+        ),
+    ] = None,
+    early_stop: Annotated[
+        int | None, option("--early-stop", count, "N", "Stop after N measurements without a better one.")
+    ] = None,
+    report_to: Annotated[
+        str | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, trackio, wandb or mlflow.")
+    ] = None,
+    task: Annotated[str, typer.Option("--task", metavar="text|qa", help="qa: DATA is SQuAD-format JSON.")] = "text",
+    from_config_: Annotated[
+        bool, typer.Option("--from-config", help="Pre-train: MODEL's config with random weights.")
+    ] = False,
+    equal_cache: Annotated[
+        float | None,
+        option(
+            "--equal-cache",
+            inputs.retention_value,
+            "R",
+            "With --from-config: the ordinary shallower model whose cache is as large as the deep one's at R.",
+        ),
+    ] = None,
+    independent_maps: Annotated[
+        bool, typer.Option("--independent-maps", help="Distributed: each process draws maps of its own.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate memory and time.")] = False,
     seed: inputs.Seed = 0,
     blocks: Annotated[
-        int, option("--blocks", count_or_none, "N", "Held-out blocks for the curves before and after; 0 for none.")
+        int, option("--blocks", count_or_none, "N", "Held-out blocks (or questions) to measure; 0 for none.")
     ] = 8,
     device: inputs.Device = "auto",
     json_file: inputs.Json = None,
 ) -> None:
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
-    DIR gets the checkpoint with a plan (--plan, or --retention, 0.5 by default) and pictures. After Ctrl-C the same
-    command goes on where it stopped.
+    DIR gets the checkpoint with a plan (--plan, or --retention, 0.5 by default) and pictures. After Ctrl-C or a kill
+    the same command goes on where it stopped. Under torchrun or accelerate launch, processes share the batches.
     """
     inputs.refuse_both(plan, retention)
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
+    if task not in ("text", "qa"):
+        raise DepthKVError(f"expected --task text or qa, got {task!r}")
+    if equal_cache is not None and not from_config_:
+        raise DepthKVError("expected --equal-cache with --from-config, got it alone")
+    if trainable not in ("lora", "dora", *TRAINABLE):
+        raise DepthKVError(f"expected --trainable among lora, dora, {', '.join(TRAINABLE)}, got {trainable!r}")
+    is_adapter = trainable in ("lora", "dora") and not from_config_
     recipe = AdaptConfig(
         max_minutes=_DEFAULT.max_minutes if minutes is None and tokens is None else minutes,
         max_tokens=tokens,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate or (ADAPTER_LEARNING_RATE if is_adapter else _DEFAULT.learning_rate),
         cross_layer_prob=cross_layer_prob,
         batch_size=batch_size,
         accumulate_steps=accumulate_steps,
         block_size=block_size,
+        warmup_fraction=warmup,
         decay=decay,
-        trainable=trainable,
+        trainable="all" if from_config_ else _DEFAULT.trainable if is_adapter else trainable,
         precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        independent_maps=independent_maps,
+        eval_every=eval_every,
+        early_stop=early_stop,
+        report_to=(report_to,) if report_to is not None else (),
         seed=seed,
+        best_mix=_parse_mix(best_mix) if best_mix is not None else _DEFAULT.best_mix,
+    )
+    stages = Stages(
+        finetune=finetune if finetune is not None else _FINETUNE if is_adapter else 0.0,
+        local_steps=local_steps,
+        lora=LoraSettings(rank=rank, alpha=2.0 * rank, use_dora=trainable == "dora") if is_adapter else None,
+        objective=objective,
+        teacher_file=teacher,
     )
     with naming("--out"):
         require_replaceable(out)
     config, kinds = inputs.read_config(model)
+    num_layers = None
+    if equal_cache is not None:
+        num_layers = equal_cache_layers(len(kinds), equal_cache)
+        kinds = kinds[:num_layers]
     with naming(model):
-        chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
-        plans = inputs.choose_plans(None, None, config, kinds)
+        if equal_cache is not None:
+            chosen, plans = SharingPlan.full(num_layers or 1), [SharingPlan.full(num_layers or 1)]
+        else:
+            chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
+            plans = inputs.choose_plans(None, None, config, kinds)
         plans += [chosen] if chosen not in plans else []
         inputs.require_positions(config, block_size, "--block-size")
-    with naming(data):
-        training, held_out = split_documents(resolve_data(data, progress=show))
+    with naming("--sampler"):
+        chosen_sampler = _sampler(sampler, chosen, recipe, equal_cache is not None)
     with waiting(f"loading {model}"):
-        # one device: the loop keeps the optimizer's state where the weights are
-        single = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        loaded, tokenizer, _ = load(model, dtype="float32", device=single, progress=show)
-    with naming(data):
-        train_blocks = token_blocks(training, tokenizer, block_size)
-        test_blocks = spread_blocks(token_blocks(held_out, tokenizer, block_size), blocks) if blocks else None
+        loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
+    work = _read_task(task, data, tokenizer, recipe, blocks)
+    if dry_run:
+        _show_estimate(loaded, work, recipe, stages, json_file)
+        return
 
-    def curve(what: str) -> list[CurveRow]:
-        if test_blocks is None:
+    def curve(what: str, measured: Any) -> list[Any]:
+        if work.blocks is None and not work.questions:
             return []
-        place = next(loaded.parameters()).device
+        place = next(measured.parameters()).device
         cast: AbstractContextManager[Any] = nullcontext()
         if recipe.uses_bf16(place):
             cast = torch.autocast(place.type, torch.bfloat16)
-        with cast, progress_bar(what, len(plans) * len(test_blocks)) as advance:
-            return retention_curve(loaded, test_blocks, plans, batch_size=batch_size, progress=advance)
+        if work.questions:
+            with cast, progress_bar(what, len(plans) * len(work.questions)) as advance:
+                return evaluate_qa(measured, tokenizer, work.questions, plans, progress=advance)
+        assert work.blocks is not None
+        with cast, progress_bar(what, len(plans) * len(work.blocks)) as advance:
+            return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
     state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
-        before = curve("before")
+        before = curve("before", loaded) if inputs.is_main_process() else []
         try:
-            result = adapt(loaded, train_blocks, recipe, resume_dir=state)
+            result = train_in_stages(
+                loaded,
+                work.examples,
+                recipe,
+                stages,
+                sampler=chosen_sampler,
+                resume_dir=state,
+                eval_blocks=work.blocks,
+                collate=work.collate,
+                tell=show,
+                warn=lambda line: show(f"depthkv: {line}"),
+            )
         except KeyboardInterrupt:
             show(f"depthkv: stopped; the same command goes on from {state}, delete that folder to start anew")
             raise typer.Exit(130) from None
-        after = curve("after")
+        if not inputs.is_main_process():
+            return
+        after = curve("after", result.model)
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": data, "tokens": result.tokens}
-    save(out, loaded, tokenizer, chosen, provenance)
-    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.steps)]
-    plot_loss(tokens_at, result.losses, out / "loss.png")
-    plot_plan(chosen, out / "plan.png", kinds)
-    if after:
-        plot_retention({"before": before, "after": after}, out / "retention.png")
-    figures = _adapt_figures(result, recipe, before, after)
+    provenance["sampler"] = sampler
+    if is_adapter:
+        base = "base" if stages.finetune else model
+        save_adapter(out, result.model, base=base, tokenizer=tokenizer, plan=chosen, provenance=provenance)
+    else:
+        save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
+    _draw(out, result, recipe, chosen, kinds, before, after)
+    figures = _figures(result, recipe, before, after)
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
-    discard_state(state)  # only now is everything safe that it could give back
+    for stage in ("finetune", "routed"):  # only now is everything safe that they could give back
+        discard_state(state / stage)
+        if (state / stage).is_dir() and not any((state / stage).iterdir()):
+            (state / stage).rmdir()
     if state.is_dir() and not any(state.iterdir()):
         state.rmdir()
     shown = console()
-    if after:
+    if after and work.questions:
+        shown.print(_qa_table(before, after))
+    elif after:
         shown.print(curve_table(after, len(kinds), before))
     shown.print(
-        f"{result.steps:,} steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
+        f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
         f"checkpoint, plan.json and pictures are in {out}",
         markup=False,
     )
 
 
-def _adapt_figures(
-    result: AdaptResult, recipe: AdaptConfig, before: list[CurveRow], after: list[CurveRow]
-) -> dict[str, Any]:
+def _sampler(text: str, plan: SharingPlan, recipe: AdaptConfig, is_ordinary: bool) -> Sampler | None:
+    """None is the recipe's own choice."""
+    if is_ordinary:
+        return FullCache()
+    if text == "even":
+        return None
+    return parse_sampler(text, cross_layer_prob=recipe.cross_layer_prob, seed=recipe.seed, plan=plan)
+
+
+def _parse_mix(text: str) -> tuple[tuple[float, float], ...]:
+    try:
+        pairs = [part.partition(":") for part in text.split(",")]
+        return tuple((float(retention), float(weight or 1)) for retention, _, weight in pairs)
+    except ValueError:
+        raise DepthKVError(f"expected --best-mix such as 1:1,.5:2, got {text!r}") from None
+
+
+def _model(name: str, data: str, is_new: bool, num_layers: int | None, device: str, seed: int) -> tuple[Any, Any]:
+    # one device for each process: the optimizer's state lies where the weights are
+    single = inputs.process_device() if device == "auto" else device
+    if not is_new:
+        loaded, tokenizer, _ = load(name, dtype="float32", device=single, progress=show)
+        return loaded, tokenizer
+    try:
+        tokenizer = load_tokenizer(name)
+    except CheckpointError:
+        with naming(data):
+            documents = split_documents(resolve_data(data, progress=show))[0]
+        tokenizer = train_tokenizer(documents, inputs.read_config(name)[0].get_text_config().vocab_size)
+    return from_config(name, num_layers=num_layers, seed=seed).to(single), tokenizer
+
+
+def _read_task(task: str, data: str, tokenizer: Any, recipe: AdaptConfig, blocks: int) -> _Task:
+    with naming(data):
+        if task == "text":
+            training, held_out = split_documents(resolve_data(data, progress=show))
+            train_blocks = token_blocks(training, tokenizer, recipe.block_size)
+            test = spread_blocks(token_blocks(held_out, tokenizer, recipe.block_size), blocks) if blocks else None
+            return _Task(examples=train_blocks, blocks=test)
+        if recipe.eval_every is not None:
+            raise DataError("expected --eval-every with --task text, got --task qa")
+        questions, held = split_articles(read_squad(data), seed=recipe.seed)
+        examples = encode(questions, tokenizer, max_tokens=min(_MAX_QA_TOKENS, recipe.block_size), seed=recipe.seed)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        stride = max(1, len(held) // blocks) if blocks else len(held)
+        chosen = held[::stride][:blocks] if blocks else []
+        return _Task(examples=examples, blocks=None, questions=chosen, collate=lambda rows: collate(rows, pad))
+
+
+def _show_estimate(loaded: Any, work: _Task, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
+    examples = work.examples
+    if not isinstance(examples, torch.Tensor):  # questions: as if all were as long as the longest
+        longest = max(examples, key=lambda example: len(example["input_ids"]))
+        examples = longest["input_ids"][None]
+    found = estimate(loaded, examples, recipe, stages)
+    shown = console()
+    rows = {
+        "weights": found.weight_bytes,
+        "gradients": found.gradient_bytes,
+        "optimizer": found.optimizer_bytes,
+        "activations": found.activation_bytes,
+    }
+    shown.print(f"{found.num_trained:,} parameters train in the routed stage")
+    for name, size in rows.items():
+        shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
+    shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
+    shown.print(f"one step     {found.seconds_per_step:.2f} s, {recipe.tokens_per_step:,} tokens")
+    if found.num_steps is not None:
+        minutes = found.num_steps * found.seconds_per_step / 60
+        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
+    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
+
+
+def _draw(
+    out: Path,
+    result: StagesResult,
+    recipe: AdaptConfig,
+    chosen: SharingPlan,
+    kinds: Any,
+    before: list[Any],
+    after: list[Any],
+) -> None:
+    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
+    plot_loss(tokens_at, result.routed.losses, out / "loss.png")
+    plot_plan(chosen, out / "plan.png", kinds)
+    if after and isinstance(after[0], CurveRow):
+        plot_retention({"before": before, "after": after}, out / "retention.png")
+
+
+def _figures(result: StagesResult, recipe: AdaptConfig, before: list[Any], after: list[Any]) -> dict[str, Any]:
     return {
-        "steps": result.steps,
+        "steps": result.routed.steps,
         "tokens": result.tokens,
         "seconds": result.seconds,
-        "tokens_per_second": result.tokens_per_second,
-        "num_trained": result.num_trained,
+        "tokens_per_second": result.routed.tokens_per_second,
+        "num_trained": result.routed.num_trained,
         "learning_rate": recipe.learning_rate,
-        "cross_layer_prob": recipe.cross_layer_prob,
         "rows_before": [row.to_dict() for row in before],
         "rows": [row.to_dict() for row in after],
-        "losses": list(result.losses),
+        "curves": list(result.routed.curves),
+        "finetune_losses": list(result.finetuned.losses) if result.finetuned is not None else [],
+        "losses": list(result.routed.losses),
     }
 
 
-def demo_command(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder, or one of an earlier demo.")] = Path(
-        "demo-out"
-    ),
-    minutes: Annotated[
-        float | None, option("--minutes", positive, "M", "Training time.  [default: 11 on a CPU, 0.75 on a GPU]")
-    ] = None,
-    model: Annotated[str, typer.Option("--model", metavar="MODEL")] = "builtin:smollm2-135m",
-    data: Annotated[
-        str, typer.Option("--data", metavar="DATA", help="Text: a file, a folder or builtin:NAME.")
-    ] = "builtin:anarchism",
-    blocks: Annotated[int, option("--blocks", count, "N", "Held-out blocks in each measurement.")] = 16,
-    device: inputs.Device = "auto",
-    seed: inputs.Seed = 0,
-    json_file: inputs.Json = None,
-) -> None:
-    """The whole story in minutes: a real model, ruined by sharing, adapted, and writing with the smaller cache."""
-    from depthkv.demo import print_figures, run_demo
+def _qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
+    from rich.table import Table
 
-    try:
-        figures = run_demo(
-            out, minutes=minutes, model_name=model, data=data, device=device, eval_blocks=blocks, seed=seed
-        )
-    except KeyboardInterrupt:
-        show("depthkv: stopped; the same command goes on where it was")
-        raise typer.Exit(130) from None
-    write_json(json_file, figures)
-    print_figures(figures, out, console())
+    table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
+    for heading in ("retention", "F1", "exact match", "ROUGE-L"):
+        table.add_column(heading, justify="right")
+    for old, new in zip(before, after, strict=True):
+        pairs = ((old.f1, new.f1), (old.exact_match, new.exact_match), (old.rouge_l, new.rouge_l))
+        table.add_row(f"{new.retention:.0%}", *(f"{a:.1f} -> {b:.1f}" for a, b in pairs))
+    return table
