@@ -1,6 +1,6 @@
-"""Time and memory of a routed training step against an ordinary one, alternating in one run.
+"""Time and memory of a routed training step, without and with distillation, against an ordinary one in the same run.
 
-Both are whole steps (forward, backward, clipping, AdamW) of the same model on the same random tokens.
+All are whole steps (forward, backward, clipping, AdamW) of the same model on the same random tokens.
 
     python benchmarks/train_step.py --model builtin:smollm2-135m --steps 7
 """
@@ -20,7 +20,10 @@ from torch import nn
 
 from depthkv import RandomCrossLayer, load, route
 from depthkv.adapt.config import has_fast_bf16
-from depthkv.adapt.loss import LossFunction, next_token_loss
+from depthkv.adapt.cpu_attention import FasterCpuAttention
+from depthkv.adapt.loss import LossFunction
+from depthkv.adapt.objectives import Distillation, LanguageModelLoss, Objective
+from depthkv.adapt.teacher import FrozenTeacher
 
 
 def reset_peak(device: torch.device) -> None:
@@ -81,18 +84,28 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     sampler = RandomCrossLayer(cross_layer_prob=args.cross_layer_prob)
     generator = torch.Generator().manual_seed(0)
-    seconds: dict[str, list[float]] = {"ordinary": [], "routed": []}
-    peaks: dict[str, list[int]] = {"ordinary": [], "routed": []}
-    with next_token_loss(model, torch.bfloat16 if bf16 else torch.float32) as loss_function:
+    distillation = Distillation(teacher=FrozenTeacher(model), weight=0.5)
+    arms: dict[str, Objective] = {
+        "ordinary": LanguageModelLoss(),
+        "routed": LanguageModelLoss(),
+        "distilled": distillation,  # routed, too
+    }
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    peaks: dict[str, list[int]] = {arm: [] for arm in arms}
+    names = list(arms)
+    with FasterCpuAttention():
         for step in range(args.steps + 1):
             shape = (args.batch_size, args.block_size)
             tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-            # whichever comes first in a pair could be at an advantage, so they take turns
-            for arm in ("ordinary", "routed") if step % 2 else ("routed", "ordinary"):
+            # whichever comes first could be at an advantage, so they take turns
+            for arm in names[step % 3 :] + names[: step % 3]:
                 reset_peak(device)
-                with route(model, sampler, step=step) if arm == "routed" else nullcontext():
+                with (
+                    arms[arm].bound(model, torch.bfloat16 if bf16 else torch.float32) as loss_function,
+                    nullcontext() if arm == "ordinary" else route(model, sampler, step=step),
+                ):
                     elapsed = train_step(model, loss_function, optimizer, tokens, bf16)
-                if step > 0:  # the first pair warms up
+                if step > 0:  # the first round warms up
                     seconds[arm].append(elapsed)
                     peaks[arm].append(peak_bytes(device) or 0)
 
@@ -113,12 +126,13 @@ def main() -> None:
         result[arm] = {"median_s": median, "min_s": min(values), "max_s": max(values), "peak_bytes": peak}
         speed = tokens_per_step / median
         print(f"{arm:10} {median:9.3f} {min(values):8.3f} {max(values):8.3f} {speed:8.0f} {peak / 2**30:9.3f}")
-    # pairs ran side by side, so the median of their ratios suffers less from a busy machine than a ratio of medians
-    ratios = [routed / ordinary for routed, ordinary in zip(seconds["routed"], seconds["ordinary"], strict=True)]
-    result["time_ratio"] = statistics.median(ratios)
-    memory = [routed / max(1, ordinary) for routed, ordinary in zip(peaks["routed"], peaks["ordinary"], strict=True)]
-    result["memory_ratio"] = statistics.median(memory)
-    print(f"routed / ordinary: time {result['time_ratio']:.3f}x, memory {result['memory_ratio']:.3f}x")
+    # steps of a round ran side by side, so the median of their ratios suffers less from a busy machine
+    for arm in names[1:]:
+        for what, values in (("time", seconds), ("memory", peaks)):
+            ratios = [ours / max(1e-9, plain) for ours, plain in zip(values[arm], values["ordinary"], strict=True)]
+            result[f"{arm}_{what}_ratio"] = statistics.median(ratios)
+        shown = ", ".join(f"{what} {result[f'{arm}_{what}_ratio']:.3f}x" for what in ("time", "memory"))
+        print(f"{arm} / ordinary: {shown}")
     print(json.dumps(result))
 
 

@@ -14,6 +14,7 @@ from depthkv import RandomCrossLayer, SharingPlan, route, share
 from depthkv.architectures import layer_kinds
 from depthkv.errors import DepthKVError, PlanError, UnsupportedModelError
 from depthkv.reference import reference_forward
+from depthkv.samplers import CrossLayerAttention
 from families import CONFIGS, NUM_LAYERS, tiny_model
 
 IDS = torch.randint(2, 97, (2, 11), generator=torch.Generator().manual_seed(5))
@@ -196,7 +197,9 @@ def test_unread_projections_are_skipped_only_on_request() -> None:
     for skip in (True, False):
         with route(model, Fixed([0, 0, 0, 0, 0, 0]), skip_unread=skip):
             model(IDS, labels=IDS).loss.backward()
-        assert layer_1 not in gradients(model)  # None either way: nothing depends on it
+        found = gradients(model)
+        assert layer_1 not in found if skip else not found[layer_1].any()  # nothing depends on it
+        model.zero_grad()
     calls = []
     hook = model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda *a: calls.append(a[2].abs().max()))
     for skip in (True, False):
@@ -228,3 +231,20 @@ def test_restores_the_model() -> None:
             assert not torch.equal(model(IDS).logits, before)
         assert torch.equal(model(IDS).logits, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_every_weight_gets_a_gradient_where_nothing_is_skipped() -> None:
+    """As DistributedDataParallel wants it; of what nobody reads it is zero, and the others are the same."""
+    ids = torch.arange(12).reshape(2, 6)
+    found = []
+    for skip_unread in (True, False):
+        model = tiny_model("llama").train()
+        with route(model, CrossLayerAttention(group_size=2), skip_unread=skip_unread):
+            model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    name = "model.layers.1.self_attn.k_proj.weight"
+    assert found[0][name] is None and found[1][name] is not None and not found[1][name].any()
+    assert all(gradient is not None for gradient in found[1].values())
+    for name, gradient in found[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(found[1][name], gradient)

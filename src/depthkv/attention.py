@@ -39,6 +39,11 @@ class Step:
         self.last_reader = readers
         # a layer computes K and V if it reads them itself or another layer does
         self.computes_kv = [not skip_unread or i in readers or any(m[i] == i for m in maps) for i in range(num_layers)]
+        self.is_idle = [
+            computed and i not in readers and all(m[i] != i for m in maps)
+            for i, computed in enumerate(self.computes_kv)
+        ]
+        """Layers whose K and V are computed for nothing but that their weights get a gradient."""
         self.pairs: dict[int, Pair] = {}
         self.keep_pairs = keep_pairs
         """Checkpointed layers read their source's pair again when they are recomputed."""
@@ -99,13 +104,16 @@ class LayerCache:
                 step.pairs[layer] = pair
         mixed = step.mixed[layer]
         if mixed is not None:
-            return self._mixture(mixed, pair)
-        if source == layer:
-            return pair
-        pair = step.pairs[source]
-        self._forget((source,))
-        # layers may live on different devices (accelerate's device_map)
-        return pair[0].to(keys.device), pair[1].to(values.device)
+            pair = self._mixture(mixed, pair)
+        elif source != layer:
+            pair = step.pairs[source]
+            self._forget((source,))
+            # layers may live on different devices (accelerate's device_map)
+            pair = pair[0].to(keys.device), pair[1].to(values.device)
+        if step.is_idle[layer] and keys.requires_grad:
+            # DistributedDataParallel waits for a gradient of every weight: of these it is zero
+            pair = pair[0] + 0 * keys.sum(), pair[1] + 0 * values.sum()
+        return pair
 
     def _mixture(self, sources: tuple[int, ...], own: Pair) -> Pair:
         """Sequence b of the batch gets the pair of `sources[b]`."""

@@ -125,6 +125,9 @@ class RoutingTrainer(Trainer):
         """
         if curve_blocks is not None:
             kwargs.setdefault("eval_dataset", curve_blocks)  # the Trainer wants one; `evaluate` knows better
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # every weight gets a gradient, and the head's is used after the forward that would be searched
+            args.ddp_find_unused_parameters = False
         super().__init__(model=model, args=args, **kwargs)
         # labels are counted over the whole step: a mean over tokens, not over batches of different lengths
         self.model_accepts_loss_kwargs = True
