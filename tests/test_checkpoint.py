@@ -188,7 +188,9 @@ class TestRefusals:
         assert_refused("./nowhere", "got './nowhere', which does not exist")
         assert_refused("", "expected the name of a model, got ''")
         assert_refused("nowhere.gguf", "expected a .gguf file, got 'nowhere.gguf', which does not exist")
-        assert_refused("builtin:gpt9", "expected one of builtin:smollm2-135m, got 'builtin:gpt9'")
+        assert_refused(
+            "builtin:gpt9", "expected one of builtin:smollm2-135m, builtin:smollm2-135m-depthkv, got 'builtin:gpt9'"
+        )
         assert_refused("not a name", "expected a folder, .* or a model id of the Hugging Face hub, got 'not a name'")
         (tmp_path / "file.txt").write_text("x")
         assert_refused(tmp_path / "file.txt", "expected a folder, a .gguf file or a config.json, got the file")

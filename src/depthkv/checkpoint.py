@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from depthkv.downloads import BUILTIN_MODELS, Progress
+from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress
 from depthkv.errors import CheckpointError, PlanError
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
@@ -49,8 +49,6 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("floa
 _NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _KEY = "kv_source_layers"
 
-BUILTIN_ADAPTERS = ("builtin:smollm2-135m-depthkv",)
-"""Adapters that come with the package, each with a model card."""
 _ADAPTERS = Path(__file__).parent / "adapters"
 _BASE = "base"
 """What an adapter calls a base model that lies in its own folder."""

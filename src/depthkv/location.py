@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-from depthkv.downloads import BUILTIN_MODELS, Progress, fetch_builtin_model
+from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress, fetch_builtin_model
 from depthkv.errors import CheckpointError
 
 
@@ -50,7 +50,7 @@ def locate(name: str | os.PathLike[str], progress: Progress | None = None) -> Lo
     if text.startswith("builtin:"):
         short = text.removeprefix("builtin:")
         if short not in BUILTIN_MODELS:
-            choices = ", ".join(f"builtin:{model}" for model in BUILTIN_MODELS)
+            choices = ", ".join([*(f"builtin:{model}" for model in BUILTIN_MODELS), *BUILTIN_ADAPTERS])
             raise CheckpointError(f"expected one of {choices}, got {text!r}")
         path = fetch_builtin_model(short, progress)
         # versions of transformers write these files differently, so each keeps its own

@@ -120,7 +120,12 @@ def option(name: str, parser: Callable[[Any], Any], metavar: str, text: str) -> 
     return typer.Option(name, parser=parser, metavar=metavar, help=text)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, .gguf file or builtin:smollm2-135m.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hub id, folder, .gguf file, builtin:smollm2-135m or builtin:smollm2-135m-depthkv."
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(
