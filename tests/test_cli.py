@@ -251,7 +251,9 @@ def test_dry_run_estimates_and_writes_nothing(
         more = ("--tokens", 32 * 40, "--trainable", trainable, "--dry-run", "--json", tmp_path / "o.json")
         assert adapt(model, text, tmp_path / "out", *more) == 0
         found = figures(tmp_path / "o.json")
-        assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * found["num_trained"]
+        most = max(found["num_trained"], found["num_finetuned"])
+        assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * most
+        assert (found["num_finetuned"] > found["num_trained"]) == (trainable == "lora")
         assert found["total_bytes"] > found["weight_bytes"] > 4 * found["num_trained"] - 1
     assert "20 steps in about" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
@@ -323,6 +325,9 @@ def test_adapt_goes_on_after_an_interruption(
 
 
 # Bad input
+
+
+DISTILL = ("--trainable", "layers", "--blocks", "0", "--objective", "distill", "--teacher")
 
 
 def broken_config(folder: Path) -> Path:
@@ -435,6 +440,35 @@ BAD_INPUT: dict[str, tuple[Case, str]] = {
     "probability above 1": (
         lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--cross-layer-prob", "1.5"],
         "--cross-layer-prob",
+    ),
+    "best mix without measuring": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--best-mix", "1:1"],
+        "--best-mix with --eval-every",
+    ),
+    "shallower model without pre-training": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--equal-cache", ".5"],
+        "--equal-cache with --from-config",
+    ),
+    "unknown task": (lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--task", "poetry"], "poetry"),
+    "unknown weights to train": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--trainable", "some"],
+        "--trainable among lora",
+    ),
+    "unknown sampler": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--sampler", "dice"],
+        "--sampler: expected a sampler among r-cla",
+    ),
+    "unknown objective": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--objective", "fun"],
+        "objective to be one of lm, distill",
+    ),
+    "questions that are none": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--task", "qa"],
+        "questions in JSON",
+    ),
+    "stored teacher that is missing": (
+        lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", *DISTILL, d / "none.safetensors"],
+        "stored teacher in",
     ),
     "unknown schedule": (lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--decay", "cliff"], "cliff"),
     "learning rate of 0": (

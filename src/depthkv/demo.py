@@ -28,7 +28,7 @@ from depthkv.memory import format_bytes, measured_cache_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.samplers import default_sampler
-from depthkv.sharing import share
+from depthkv.sharing import ADAPTER_SWITCH, share
 
 BUILTIN = "builtin:smollm2-135m"
 ADAPTER = BUILTIN_ADAPTERS[0]
@@ -95,6 +95,8 @@ def run_demo(
         tell.print(f"Loading {model_name} and text")
         documents, data_used = _documents(data, tell)
         model, tokenizer, _ = load(model_name, dtype="float32", device=device)
+        if hasattr(model, ADAPTER_SWITCH):
+            raise DepthKVError(f"expected a model without an adapter, got {model_name}")
         train_documents, held_out_documents = split_documents(documents, seed=seed)
         train_blocks = token_blocks(train_documents, tokenizer, config.block_size)
         held_out: torch.Tensor = spread_blocks(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from depthkv.adapt.checkpoints import check_settings, newest_whole
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
@@ -122,7 +122,8 @@ def adapt(
         stack.enter_context(_checkpointed(model, config.gradient_checkpointing))
         if not config.gradient_checkpointing:  # a layer that is recomputed in backward would not find the mode again
             stack.enter_context(FasterCpuAttention())
-        stack.enter_context(torch.random.fork_rng())  # the Trainer seeds the generators
+        gpus = [arguments.device] if arguments.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=gpus))  # the Trainer seeds the generators
         run = _Run(config, arguments.world_size, on_step, keeps_state=resume_dir is not None)
         plans, weights = config.curve(decoder.kinds)
         trainer = _Trainer(
@@ -152,7 +153,7 @@ def adapt(
         if run.progress < 1 or found is None:
             trainer.train(resume_from_checkpoint=str(found[0]) if found is not None else None)
         else:  # a finished run, whose model was not saved elsewhere
-            trainer._load_from_checkpoint(str(found[0]))
+            trainer._load_from_checkpoint(_best_of(found[0]))
         if run.interrupted():
             raise KeyboardInterrupt
     return AdaptResult(
@@ -164,6 +165,12 @@ def adapt(
         first_step=first_step,
         curves=tuple(run.curves),
     )
+
+
+def _best_of(checkpoint: Path) -> str:
+    """Where the weights are that a finished run ended with."""
+    best = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).best_model_checkpoint
+    return best if best is not None and Path(best).is_dir() else str(checkpoint)
 
 
 def _arguments(config: AdaptConfig, directory: str, device: torch.device) -> TrainingArguments:

@@ -140,8 +140,8 @@ def train_in_stages(
             torch.manual_seed(config.seed)
             model = add_adapter(model, stages.lora)
     place = None if folder is None else folder / "routed"
-    tell("Training with stochastic KV routing")
     objective = _objective(stages, model)
+    tell("Training with stochastic KV routing")
     routed = adapt(model, examples, config, sampler=sampler, objective=objective, resume_dir=place, **arguments)
     return StagesResult(model=model, routed=routed, finetuned=finetuned, local_errors=errors)
 
@@ -169,8 +169,12 @@ class Estimate:
     """What a run will need, from its weights and two forwards and backwards that changed nothing."""
 
     num_trained: int
+    """In the routed stage."""
+    num_finetuned: int
+    """In the stage before it; 0 if there is none."""
     weight_bytes: int
     gradient_bytes: int
+    """Of the stage that trains most, as are the optimizer's."""
     optimizer_bytes: int
     """AdamW's two moments, fp32."""
     activation_bytes: int | None
@@ -193,6 +197,8 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
         config: the recipe.
         stages: with `lora`, the routed stage of the adapter is measured.
     """
+    finetuned = trainable_parameters(model, find_decoder(model), config.trainable) if stages.finetune else {}
+    num_finetuned = sum(p.numel() for p in finetuned.values())
     adapted = add_adapter(model, stages.lora) if stages.lora is not None else model
     try:
         trained = trainable_parameters(adapted, find_decoder(adapted), config.trainable)
@@ -225,12 +231,14 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
         if stages.lora is not None:
             adapted.unload()
     count = sum(p.numel() for p in trained.values())
+    most = max(count, num_finetuned)
     steps = None if config.max_tokens is None else -(-config.max_tokens // config.tokens_per_step)
     return Estimate(
         num_trained=count,
+        num_finetuned=num_finetuned,
         weight_bytes=weights,
-        gradient_bytes=4 * count,
-        optimizer_bytes=8 * count,
+        gradient_bytes=4 * most,
+        optimizer_bytes=8 * most,
         activation_bytes=None if peak is None else max(0, peak - 4 * count),
         seconds_per_step=seconds * config.accumulate_steps,
         num_steps=steps,

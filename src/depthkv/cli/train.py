@@ -29,6 +29,7 @@ from depthkv.qa import Question, collate, encode, read_squad, split_articles
 from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.routing import Sampler
 from depthkv.samplers import SAMPLERS, FullCache, parse_sampler
+from depthkv.sharing import ADAPTER_SWITCH
 
 _DEFAULT = AdaptConfig(max_minutes=15.0)
 _FINETUNE = 0.7
@@ -168,6 +169,8 @@ def adapt_command(
         raise DepthKVError(f"expected --task text or qa, got {task!r}")
     if equal_cache is not None and not from_config_:
         raise DepthKVError("expected --equal-cache with --from-config, got it alone")
+    if best_mix is not None and eval_every is None:
+        raise DepthKVError("expected --best-mix with --eval-every, got it alone")
     if trainable not in ("lora", "dora", *TRAINABLE):
         raise DepthKVError(f"expected --trainable among lora, dora, {', '.join(TRAINABLE)}, got {trainable!r}")
     is_adapter = trainable in ("lora", "dora") and not from_config_
@@ -261,7 +264,8 @@ def adapt_command(
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": data, "tokens": result.tokens}
     provenance["sampler"] = sampler
     if is_adapter:
-        base = "base" if stages.finetune else model
+        local = str(Path(model).resolve()) if Path(model).exists() else model
+        base = "base" if stages.finetune else local
         save_adapter(out, result.model, base=base, tokenizer=tokenizer, plan=chosen, provenance=provenance)
     else:
         save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
@@ -308,6 +312,8 @@ def _model(name: str, data: str, is_new: bool, num_layers: int | None, device: s
     single = inputs.process_device() if device == "auto" else device
     if not is_new:
         loaded, tokenizer, _ = load(name, dtype="float32", device=single, progress=show)
+        if hasattr(loaded, ADAPTER_SWITCH):
+            raise DepthKVError(f"expected a model without an adapter to train, got {name}")
         return loaded, tokenizer
     try:
         tokenizer = load_tokenizer(name)
@@ -348,7 +354,8 @@ def _show_estimate(loaded: Any, work: _Task, recipe: AdaptConfig, stages: Stages
         "optimizer": found.optimizer_bytes,
         "activations": found.activation_bytes,
     }
-    shown.print(f"{found.num_trained:,} parameters train in the routed stage")
+    first = f"{found.num_finetuned:,} parameters train first, then " if found.num_finetuned else ""
+    shown.print(f"{first}{found.num_trained:,} parameters train in the routed stage")
     for name, size in rows.items():
         shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
     shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
