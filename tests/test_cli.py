@@ -253,7 +253,7 @@ def test_dry_run_estimates_and_writes_nothing(
         found = figures(tmp_path / "o.json")
         most = max(found["num_trained"], found["num_finetuned"])
         assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * most
-        assert (found["num_finetuned"] > found["num_trained"]) == (trainable == "lora")
+        assert (found["num_finetuned"] > 0) == (trainable == "lora")
         assert found["total_bytes"] > found["weight_bytes"] > 4 * found["num_trained"] - 1
     assert "20 steps in about" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
