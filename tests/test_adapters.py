@@ -128,6 +128,18 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert load(tmp_path / "adapter")[2] is None
 
 
+def test_merged_for_serving() -> None:
+    """Folded into the weights, the adapter costs nothing, and the model under a plan is the same."""
+    model: Any = add_adapter(tiny_model(), LoraSettings(rank=4))
+    disturb(model)
+    plan = SharingPlan.every(2, LAYERS)
+    with share(model, plan):
+        expected = logits(model)
+    merged = model.merge_and_unload()
+    with share(merged, plan):
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_damaged_adapters(tmp_path: Path) -> None:
     base = tiny_checkpoint(tmp_path / "base")
     save_adapter(tmp_path / "a", add_adapter(load(base)[0], LoraSettings(rank=2)), base=str(base), plan=HALF)
