@@ -31,12 +31,16 @@ from depthkv.adapt.loss import next_token_loss
 from depthkv.architectures import layer_kinds
 from depthkv.evaluate.qa import evaluate_qa
 from depthkv.qa import Question, collate, encode, read_squad, split_articles
-from depthkv.samplers import LeaderSubset
+from depthkv.samplers import CrossLayerAttention, LeaderSubset, RandomGroupAttention
 
 METHODS: dict[str, Callable[[int, float], Any]] = {
     "untrained": lambda seed, prob: None,
     "base": lambda seed, prob: None,
     "r-cla": lambda seed, prob: RandomCrossLayer(cross_layer_prob=prob, seed=seed),
+    "cla@2": lambda seed, prob: CrossLayerAttention(group_size=2),
+    "cla@4": lambda seed, prob: CrossLayerAttention(group_size=4),
+    "rd-cla@2": lambda seed, prob: RandomGroupAttention(group_size=2, cross_layer_prob=prob, seed=seed),
+    "rd-cla@4": lambda seed, prob: RandomGroupAttention(group_size=4, cross_layer_prob=prob, seed=seed),
     "leader-subset": lambda seed, prob: LeaderSubset(retentions=(1.0, 0.5, 0.25), even_prob=0.5, seed=seed),
 }
 """A sampler from a seed and a `cross_layer_prob`; None is no routing."""
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="examples in one step")
     parser.add_argument("--eval-batch-size", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=512, help="of an example")
-    parser.add_argument("--prob", type=float, default=0.6, help="cross_layer_prob of r-cla")
+    parser.add_argument("--prob", type=float, default=0.6, help="cross_layer_prob of r-cla and rd-cla")
     parser.add_argument("--out", type=Path, help="append the lines to this file, too")
     args = parser.parse_args()
 
@@ -123,7 +127,7 @@ def run_method(
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
-        "prob": args.prob if method == "r-cla" else None,
+        "prob": args.prob if method.startswith("r") else None,
         "precision": "bf16" if bf16 else "fp32",
         "train_loss": round(statistics.fmean(losses[-50:]), 4) if losses else None,
         "train_seconds": round(train_seconds, 1),

@@ -534,7 +534,7 @@ def test_ctrl_c_exits_with_130(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("depthkv.cli.measure.retention_curve", stop)
+    monkeypatch.setattr("depthkv.cli.evaluate.read_squad", stop)
     assert run("evaluate", model, "--data", text, "--block-size", 32) == 130
     assert capsys.readouterr().err == "depthkv: interrupted\n"
 

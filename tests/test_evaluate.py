@@ -19,8 +19,7 @@ from depthkv.evaluate import perplexity, retention_curve, spread_blocks
 from depthkv.memory import kv_bytes_per_token
 from tiny import LAYERS, tiny_model
 
-# `depthkv.evaluate.perplexity` is the function, which hides its module
-PERPLEXITY = sys.modules["depthkv.evaluate.perplexity"]
+TEXT = sys.modules["depthkv.evaluate.text"]
 BLOCKS = torch.randint(64, (5, 24), generator=torch.Generator().manual_seed(1))
 HALF = SharingPlan.every(2, LAYERS)
 
@@ -67,13 +66,13 @@ class TestPerplexity:
     def test_chunks_do_not_change_it(self, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny_model()
         expected = perplexity(model, BLOCKS).block_losses
-        monkeypatch.setattr(PERPLEXITY, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(TEXT, "_CHUNK_ELEMENTS", elements)
         assert perplexity(model, BLOCKS).block_losses == pytest.approx(expected, abs=1e-6)
 
     def test_chunks_bound_the_logits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows: list[int] = []
         real = torch.Tensor.logsumexp
-        monkeypatch.setattr(PERPLEXITY, "_CHUNK_ELEMENTS", 64 * 7)
+        monkeypatch.setattr(TEXT, "_CHUNK_ELEMENTS", 64 * 7)
         monkeypatch.setattr(torch.Tensor, "logsumexp", lambda t, dim: (rows.append(len(t)), real(t, dim))[1])
         perplexity(tiny_model(), BLOCKS)
         assert max(rows) == 7 and sum(rows) == 5 * 23
@@ -86,7 +85,7 @@ class TestPerplexity:
     def test_capped_and_scaled_logits(
         self, config_class: Any, changes: dict[str, Any], elements: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(PERPLEXITY, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(TEXT, "_CHUNK_ELEMENTS", elements)
         model = capped_model(config_class, **changes)
         assert perplexity(model, BLOCKS).block_losses == pytest.approx(plain_losses(model, BLOCKS), abs=1e-5)
 
@@ -107,7 +106,7 @@ class TestPerplexity:
         def fail(*args: object) -> None:
             raise RuntimeError("no")
 
-        monkeypatch.setattr(PERPLEXITY, "_cross_entropy", fail)
+        monkeypatch.setattr(TEXT, "_compare", fail)
         with pytest.raises(RuntimeError, match="no"):
             perplexity(model, BLOCKS)
         assert model.training and "forward" not in model.lm_head.__dict__

@@ -5,6 +5,7 @@ Text is always read as UTF-8; bytes that are not UTF-8 become U+FFFD, and a file
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import json
 import os
@@ -150,25 +151,39 @@ def token_blocks(
     Raises:
         DataError: a block size below 2, or a text shorter than one block.
     """
+    return named_blocks(documents, tokenizer, block_size)[0]
+
+
+def named_blocks(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> tuple[torch.LongTensor, list[str]]:
+    """`token_blocks`, and the name of the document that each block starts in.
+
+    Raises:
+        DataError: as `token_blocks`.
+    """
     if block_size < 2:
         raise DataError(f"expected a block size of 2 tokens or more, got {block_size}")
     prefix = _start_tokens(tokenizer)
     width = block_size - len(prefix)
     separator = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     stream: list[int] = []
+    ends: list[int] = []
     # verbose=False: a document longer than the model's context is what we want here, so no warning about it
     texts = [document.text for document in documents]
     encoded: Any = tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {"input_ids": []}
     for tokens in encoded["input_ids"]:
         stream += tokens
         stream += separator
+        ends.append(len(stream))
     num_blocks = len(stream) // width
     if num_blocks == 0:
         raise DataError(f"expected text of at least {width} tokens for one block, got {len(stream)}")
     blocks = torch.tensor(stream[: num_blocks * width], dtype=torch.long).view(num_blocks, width)
     if prefix:
         blocks = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_blocks, -1), blocks], dim=1)
-    return torch.LongTensor(blocks)
+    names = [documents[bisect.bisect_right(ends, i * width)].name for i in range(num_blocks)]
+    return torch.LongTensor(blocks), names
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
-def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[str, torch.Tensor]], torch.Tensor]]:
+def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[str, Any]], torch.Tensor]]:
     """A function from a batch (`input_ids` `[batch, tokens]`) to the head's input, `[batch, tokens, hidden_size]`.
+
+    The forward makes no cache unless the batch says so (`use_cache`, `past_key_values`).
 
     Args:
         model: a causal language model of transformers, also one wrapped by PEFT or DistributedDataParallel.
@@ -24,9 +27,9 @@ def headless(model: nn.Module, head: nn.Linear) -> Iterator[Callable[[Mapping[st
         seen.append(hidden)
         return hidden[..., :1]  # stands in for logits that nobody reads
 
-    def last_hidden(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def last_hidden(batch: Mapping[str, Any]) -> torch.Tensor:
         seen.clear()
-        model(**{name: value for name, value in batch.items() if name != "labels"}, use_cache=False)
+        model(**{"use_cache": False} | {name: value for name, value in batch.items() if name != "labels"})
         (hidden,) = seen
         seen.clear()
         return hidden

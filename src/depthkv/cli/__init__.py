@@ -14,7 +14,9 @@ import torch
 import typer
 
 from depthkv.cli.demo import demo_command
-from depthkv.cli.measure import bench_command, evaluate_command, generate_command, inspect_command
+from depthkv.cli.evaluate import evaluate_command
+from depthkv.cli.measure import bench_command, generate_command, inspect_command
+from depthkv.cli.output import remember_command
 from depthkv.cli.train import adapt_command
 from depthkv.errors import DepthKVError
 
@@ -35,7 +37,7 @@ app = typer.Typer(
 app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
-app.command("evaluate", short_help="Perplexity at several retentions.")(evaluate_command)
+app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
 
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
     """
     _quiet_libraries()
+    remember_command(sys.argv[1:] if argv is None else argv)
     arguments = _spread_retentions(sys.argv[1:] if argv is None else argv)
     try:
         code = app(args=arguments or ["--help"], prog_name="depthkv", standalone_mode=False)

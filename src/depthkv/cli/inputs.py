@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from depthkv.architectures import LayerKind, layer_kinds, text_config
 from depthkv.checkpoint import load_config
 from depthkv.cli.output import show
-from depthkv.data import resolve_data, split_documents, token_blocks
-from depthkv.errors import DataError, DepthKVError
+from depthkv.data import Document, resolve_data, split_documents
+from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan
 
@@ -242,13 +242,8 @@ def require_positions(config: PreTrainedConfig, tokens: int, what: str) -> None:
         raise DepthKVError(f"expected {what} of at most the {most} positions of the model, got {tokens}")
 
 
-def held_out_blocks(name: str, tokenizer: Any, block_size: int, all_text: bool = False) -> torch.Tensor:
-    """Blocks of the held-out documents of `name`, or of all its text, `[blocks, block_size]`."""
+def held_out_documents(name: str, all_text: bool = False) -> list[Document]:
+    """The held-out documents of `name`, or all of them."""
     with naming(name):
         documents = resolve_data(name, progress=show)
-        chosen = documents if all_text else split_documents(documents)[1]
-        try:
-            return token_blocks(chosen, tokenizer, block_size)
-        except DataError as error:
-            where = "" if all_text else " (in the tenth that is held out; --all-text uses everything)"
-            raise DataError(f"{error}{where}") from error
+        return documents if all_text else split_documents(documents)[1]

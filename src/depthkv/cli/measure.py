@@ -113,48 +113,6 @@ def _show_inspection(model: str, found: Inspection) -> None:
         out.print(f"{cost.name}: {cost.plan.diagram()}", markup=False, soft_wrap=True)
 
 
-def evaluate_command(
-    model: inputs.Model,
-    data: inputs.Data,
-    plan: inputs.PlanFile = None,
-    retention: inputs.Retentions = None,
-    blocks: Annotated[int, option("--blocks", count, "N", "Blocks of text, spread over the held-out documents.")] = 16,
-    block_size: inputs.BlockSize = 512,
-    batch_size: inputs.BatchSize = 4,
-    all_text: Annotated[bool, typer.Option("--all-text", help="All of the text, not only the tenth held out.")] = False,
-    dtype: inputs.Dtype = "auto",
-    device: inputs.Device = "auto",
-    json_file: inputs.Json = None,
-) -> None:
-    """Perplexity of text under one plan, or at several retentions: the retention curve."""
-    inputs.refuse_both(plan, retention)
-    config, kinds = inputs.read_config(model)
-    with naming(model):
-        plans = inputs.choose_plans(plan, retention, config, kinds)
-        inputs.require_positions(config, block_size, "--block-size")
-    with waiting(f"loading {model}"):
-        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
-        text = inputs.held_out_blocks(data, tokenizer, block_size, all_text)
-    text = spread_blocks(text, blocks)
-    with naming(model), progress_bar("evaluating", len(plans) * len(text)) as advance:
-        rows = retention_curve(loaded, text, plans, batch_size=batch_size, progress=advance)
-    held_out = "all text" if all_text else "held out"
-    shown = str(loaded.dtype).removeprefix("torch.")
-    figures = {
-        "model": model,
-        "data": data,
-        "held_out": not all_text,
-        "blocks": len(text),
-        "block_size": block_size,
-        "dtype": shown,
-        "rows": [row.to_dict() for row in rows],
-    }
-    write_json(json_file, figures)
-    out = console()
-    out.print(f"{model} on {data} ({held_out}): {len(text)} blocks of {block_size} tokens, {shown}", markup=False)
-    out.print(curve_table(rows, len(kinds)))
-
-
 def generate_command(
     model: inputs.Model,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the text goes on from.")],

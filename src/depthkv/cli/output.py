@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,19 @@ from depthkv.errors import DepthKVError
 from depthkv.evaluate import CurveRow
 from depthkv.files import write_text
 from depthkv.memory import format_bytes
+
+
+_COMMAND: ContextVar[tuple[str, ...]] = ContextVar("command", default=())
+
+
+def remember_command(arguments: Sequence[str]) -> None:
+    """Keep what the program was called with, for `command_line`."""
+    _COMMAND.set(tuple(arguments))
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    return shlex.join(["depthkv", *_COMMAND.get()])
 
 
 def console() -> Console:

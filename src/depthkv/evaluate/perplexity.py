@@ -1,34 +1,24 @@
-"""Perplexity of blocks of tokens, under whatever plan is active, and the retention curve over several plans.
-
-The logits of a whole batch never exist at once: with a vocabulary of 49k, those of 4 x 512 tokens take 400 MB in fp32.
-"""
+"""Perplexity of blocks of tokens, under whatever plan is active, and the retention curve over several plans."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
-from depthkv.errors import DataError, DepthKVError
-from depthkv.head import headless, plain_head
+from depthkv.errors import DepthKVError
+from depthkv.evaluate.text import check_blocks, reading, rows_at_once, token_losses
 from depthkv.memory import kv_bytes_per_token
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
-_CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk: 64 MB in fp32."""
-
 Progress = Callable[[int], None]
 """Called after each batch with the number of blocks that it held."""
-
-_TokenLosses = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +74,18 @@ def perplexity(
         DataError: no blocks, blocks of fewer than two tokens, or ids outside the vocabulary.
         DepthKVError: a loss that is not finite, as fp16 overflow gives.
     """
-    _check_blocks(model, blocks, batch_size)
+    check_blocks(model, blocks, batch_size)
     device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
     training = model.training
     model.eval()
     means: list[float] = []
     try:
-        with torch.no_grad(), _token_losses(model) as token_losses:
-            for start in range(0, len(blocks), batch_size):
-                batch = blocks[start : start + batch_size]
-                means += token_losses(batch.to(device)).double().mean(dim=1).tolist()
+        rows = rows_at_once(model, blocks.shape[1], batch_size)
+        with torch.no_grad(), reading(model) as (features, to_logits):
+            for start in range(0, len(blocks), rows):
+                batch = blocks[start : start + rows].to(device)
+                losses = token_losses(features(batch), batch[:, 1:].flatten(), to_logits)
+                means += losses.view(len(batch), -1).double().mean(dim=1).tolist()
                 if progress is not None:
                     progress(len(batch))
     finally:
@@ -150,49 +142,13 @@ def retention_curve(
 
 def spread_blocks(blocks: torch.Tensor, wanted: int) -> torch.Tensor:
     """At most `wanted` of the blocks, evenly over all of them, so that many documents take part."""
-    count = min(len(blocks), wanted)
-    return blocks[[i * len(blocks) // count for i in range(count)]]
+    return blocks[spread(len(blocks), wanted)]
 
 
-@contextmanager
-def _token_losses(model: nn.Module) -> Iterator[_TokenLosses]:
-    """A function from tokens `[batch, tokens]` to the loss of each but the first, `[batch, tokens - 1]`, fp32."""
-    head = plain_head(model)
-    if head is None:
-        # soft-capped or scaled logits: only the model knows how, so it computes them, few blocks at a time
-        vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-
-        def from_logits(tokens: torch.Tensor) -> torch.Tensor:
-            rows = max(1, 4 * _CHUNK_ELEMENTS // (tokens.shape[1] * vocabulary))
-            losses = []
-            for start in range(0, len(tokens), rows):
-                some = tokens[start : start + rows]
-                logits = model(input_ids=some, use_cache=False).logits[:, :-1]
-                losses.append(_cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten()).view(len(some), -1))
-            return torch.cat(losses)
-
-        yield from_logits
-        return
-
-    def from_hidden(tokens: torch.Tensor) -> torch.Tensor:
-        rows = last_hidden({"input_ids": tokens})[:, :-1].flatten(0, 1).to(head.weight.device)
-        targets = tokens[:, 1:].flatten()
-        chunk = max(1, _CHUNK_ELEMENTS // head.out_features)
-        losses = []
-        for start in range(0, len(rows), chunk):
-            logits = linear(rows[start : start + chunk], head.weight, head.bias)
-            losses.append(_cross_entropy(logits, targets[start : start + chunk]))
-        return torch.cat(losses).view(len(tokens), -1)
-
-    with headless(model, head) as last_hidden:
-        yield from_hidden
-
-
-def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """`[rows, vocabulary]` and `[rows]` to `[rows]`, fp32."""
-    scores = logits.float()
-    chosen = scores.gather(1, targets.to(scores.device)[:, None]).squeeze(1)
-    return scores.logsumexp(dim=1) - chosen
+def spread(count: int, wanted: int) -> list[int]:
+    """Indices of at most `wanted` of `count` items, evenly over all of them."""
+    chosen = min(count, wanted)
+    return [i * count // chosen for i in range(chosen)]
 
 
 def _exp(loss: float) -> float:
@@ -200,14 +156,3 @@ def _exp(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _check_blocks(model: nn.Module, blocks: torch.Tensor, batch_size: int) -> None:
-    if blocks.dim() != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
-        raise DataError(f"expected at least one block of at least two tokens, got shape {list(blocks.shape)}")
-    if batch_size < 1:
-        raise DepthKVError(f"expected a batch size of at least 1, got {batch_size}")
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    lowest, highest = int(blocks.min()), int(blocks.max())
-    if lowest < 0 or highest >= vocabulary:
-        raise DataError(f"expected token ids from 0 to {vocabulary - 1}, got {lowest} to {highest}")

@@ -6,25 +6,20 @@ import re
 import statistics
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from depthkv.errors import DataError, DepthKVError
+from depthkv.errors import DataError
+from depthkv.evaluate.arms import Arm, MakeCache
+from depthkv.evaluate.generation import Progress, write_lines
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question, prompt_tokens
-from depthkv.sharing import share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[int], None]
-"""Called after each batch with the number of questions that it held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,99 +100,66 @@ def evaluate_qa(
         DataError: no questions, one without answers, or one that does not fit.
         PlanError: a plan does not fit the model.
     """
-    if not questions:
-        raise DataError("expected at least one question, got none")
-    if batch_size < 1 or max_new_tokens < 1:
-        raise DepthKVError(f"expected a batch size and new tokens of at least 1, got {batch_size} and {max_new_tokens}")
-    prompts = [
-        prompt_tokens(question, tokenizer, max_tokens=max_tokens, context_first=context_first) for question in questions
-    ]
+    prompts = _prompts(questions, tokenizer, max_tokens, context_first)
     measured: dict[SharingPlan, QAScores] = {}
     for plan in plans:
         if plan in measured:
             if progress is not None:
                 progress(len(questions))
             continue
-        with share(model, plan), _evaluating(model):
-            texts = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
-        pairs = [(text, question.answers) for text, question in zip(texts, questions, strict=True)]
+        with Arm(label="plan", plan=plan).applied(model):
+            texts = write_lines(
+                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+            )
+        scores = answer_scores(texts, questions)
         measured[plan] = QAScores(
             retention=plan.retention,
             leaders=plan.leaders,
-            f1=100 * statistics.fmean(f1(*pair) for pair in pairs),
-            exact_match=100 * statistics.fmean(exact_match(*pair) for pair in pairs),
-            rouge_l=100 * statistics.fmean(rouge_l(*pair) for pair in pairs),
             num_questions=len(questions),
+            **{name: statistics.fmean(values) for name, values in scores.items()},
         )
     return [measured[plan] for plan in plans]
 
 
-class _StopAtLineBreak(StoppingCriteria):
-    """Ends each sequence whose last token holds a line break: nothing after it counts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        done = ["\n" in self._tokenizer.decode([token]) for token in input_ids[:, -1].tolist()]
-        return torch.tensor(done, device=input_ids.device)
-
-
-@torch.no_grad()
-def _answers(
-    model: Any,
+def answer(
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Progress | None,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 24,
+    batch_size: int = 8,
+    max_tokens: int = 512,
+    context_first: bool = True,
+    make_cache: MakeCache | None = None,
+    progress: Progress | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, in their order."""
-    device = next(model.get_input_embeddings().parameters()).device
-    eos = tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
-    # all that could make the checkpoint's own settings anything but greedy is set, so that they do not count
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
+    """What the model answers, under whatever is applied to it; arguments and errors as for `evaluate_qa`."""
+    return write_lines(
+        model,
+        tokenizer,
+        _prompts(questions, tokenizer, max_tokens, context_first),
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=eos,
+        batch_size=batch_size,
+        make_cache=make_cache,
+        progress=progress,
     )
-    criteria = StoppingCriteriaList([_StopAtLineBreak(tokenizer)])
-    texts = [""] * len(prompts)
-    # longest first: a batch that is too large for the memory fails at once
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        width = len(prompts[chosen[0]])
-        gaps = [width - len(prompts[i]) for i in chosen]
-        tokens = torch.tensor([[pad] * gap + prompts[i] for gap, i in zip(gaps, chosen, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
-        output = model.generate(
-            tokens.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            stopping_criteria=criteria,
-        )
-        for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
-            written = row[: row.index(eos)] if eos in row else row
-            texts[i] = tokenizer.decode(written, skip_special_tokens=True).partition("\n")[0].strip()
-        if progress is not None:
-            progress(len(chosen))
-    return texts
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def answer_scores(texts: Sequence[str], questions: Sequence[Question]) -> dict[str, list[float]]:
+    """`f1`, `exact_match` and `rouge_l` of each answer, 0 to 100."""
+    pairs = [(text, question.answers) for text, question in zip(texts, questions, strict=True)]
+    measures = {"f1": f1, "exact_match": exact_match, "rouge_l": rouge_l}
+    return {name: [100 * measure(*pair) for pair in pairs] for name, measure in measures.items()}
+
+
+def _prompts(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int, context_first: bool
+) -> list[list[int]]:
+    if not questions:
+        raise DataError("expected at least one question, got none")
+    return [
+        prompt_tokens(question, tokenizer, max_tokens=max_tokens, context_first=context_first) for question in questions
+    ]
 
 
 def _best(prediction: str, answers: Sequence[str], overlap: Callable[[list[str], list[str]], int]) -> float:
