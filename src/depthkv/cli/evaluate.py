@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,7 +145,7 @@ def _questions(path: Path | None) -> list[Question]:
 
 def _prepare(
     tokenizer: Any,
-    texts: dict[str, list[Document]],
+    texts: Mapping[str, Sequence[Document]],
     settings: EvaluateConfig,
     questions: list[Question],
     all_text: bool,

@@ -12,9 +12,8 @@ from depthkv.bench import ARMS, BenchConfig, BenchResult, bench
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
-from depthkv.cli.output import console, curve_table, json_line, progress_bar, show, table, waiting, write_json
+from depthkv.cli.output import console, json_line, progress_bar, show, table, waiting, write_json
 from depthkv.errors import DepthKVError
-from depthkv.evaluate import retention_curve, spread_blocks
 from depthkv.inspect_model import Inspection, default_plans, inspect_model, layer_ranges
 from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
 from depthkv.sharing import share

@@ -21,7 +21,6 @@ from depthkv.evaluate import CurveRow
 from depthkv.files import write_text
 from depthkv.memory import format_bytes
 
-
 _COMMAND: ContextVar[tuple[str, ...]] = ContextVar("command", default=())
 
 

@@ -4,7 +4,7 @@ compared with, item by item."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,7 @@ from depthkv.evaluate.health import Health, health
 from depthkv.evaluate.intervals import Score, score
 from depthkv.evaluate.perplexity import spread
 from depthkv.evaluate.qa import answer, answer_scores
-
-try:
-    from depthkv.evaluate.retrieval import RetrievalItem, retrieval_items, retrieve, summarize
-except ImportError:
-    RetrievalItem = object
+from depthkv.evaluate.retrieval import RetrievalItem, retrieval_items, retrieve, summarize
 from depthkv.evaluate.text import Reading, read_text
 from depthkv.memory import kv_bytes_per_token
 from depthkv.plan import SharingPlan
@@ -109,7 +105,7 @@ class Evaluation:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    texts: dict[str, Sequence[Document]]
+    texts: Mapping[str, Sequence[Document]]
     config: EvaluateConfig
     questions: Sequence[Question] = ()
     _texts: list[_Text] = field(default_factory=list, init=False)

@@ -120,10 +120,11 @@ def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[t
         def features(tokens: torch.Tensor) -> torch.Tensor:
             if make_cache is None:
                 return forward({"input_ids": tokens, "use_cache": False})[:, :-1].flatten(0, 1)
-            cache = make_cache(model.config)  # type: ignore[arg-type]
+            config: Any = model.config
+            cache = make_cache(config)
             parts = [
                 forward({"input_ids": piece, "past_key_values": cache, "use_cache": True})
-                for piece in tokens[:, :-1].split(PIECE, dim=1)
+                for piece in torch.split(tokens[:, :-1], PIECE, dim=1)
             ]
             return torch.cat(parts, dim=1).flatten(0, 1)
 
