@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:smollm2-135m")
     parser.add_argument("--adapted", nargs="*", default=[], metavar="NAME=MODEL", help="models trained to share")
     parser.add_argument("--only", nargs="*", help="groups to run: untrained, peers, or names of --adapted")
+    parser.add_argument("--match", default="", help="only peers whose label holds this, in a file of their own")
     parser.add_argument("--data", nargs="+", default=["builtin:anarchism", "builtin:brown"])
     parser.add_argument("--questions", type=Path, help="in SQuAD's JSON format; the suite qa is left out without")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,9 +48,9 @@ def main() -> None:
     parser.add_argument("--suites", nargs="+", default=list(SUITES), choices=SUITES)
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=64, help="of each kind of text")
-    parser.add_argument("--num-questions", type=int, default=300)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048])
-    parser.add_argument("--items", type=int, default=25, help="of each retrieval task and length")
+    parser.add_argument("--num-questions", type=int, default=120)
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
+    parser.add_argument("--items", type=int, default=15, help="of each retrieval task and length")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
@@ -87,12 +88,14 @@ def main() -> None:
         if name == "peers":
             # the rules that look at the model read training documents, never those that are measured
             sample = spread_blocks(token_blocks(calibration_text, tokenizer, args.block_size), 16)
-            found = equal_bytes_arms(model, sample, tokens=args.block_size)
-            arms = [arms[0], *(arm for fraction in FRACTIONS for arm in found[fraction])]
+            found = equal_bytes_arms(model, sample)
+            chosen = [arm for fraction in FRACTIONS for arm in found[fraction] if args.match in arm.label]
+            arms = [arms[0], *chosen]
         work = Evaluation(tokenizer=tokenizer, texts=texts, config=config, questions=questions)
         figures = measure(model, name, models[name], work, arms, args)
         figures["seconds"] = round(time.perf_counter() - started, 1)
-        (args.out / f"{name}.json").write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")
+        suffix = "".join(c if c.isalnum() else "-" for c in args.match) if name == "peers" and args.match else ""
+        (args.out / f"{name}{suffix}.json").write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")
         print(table(figures["rows"]), flush=True)
 
 

@@ -1,45 +1,30 @@
-# NOTE FOR THE RETRIEVAL HELPER: the lead overwrote your retrieval.py with this stop-gap by accident at 01:31. Your design (haystack.py) is better:
-# write YOUR version of this file again, with the names that src/depthkv/evaluate/run.py imports and calls (RetrievalItem, retrieval_items, retrieve,
-# summarize; see their use there), exactly as in your brief. The lead will not touch this file any more.
-"""Retrieval from long contexts that are made of real text, after RULER (arXiv:2404.06654) and needle-in-a-haystack.
-
-All prompts of one length have exactly as many tokens, so that they need no padding. What is hidden lies between
-sentences of the user's documents at a known depth: 0 is the start of the text, 1 its end.
-"""
+"""Does the model find what stands far back in a long prompt? Tasks after RULER (arXiv:2404.06654), from real text."""
 
 from __future__ import annotations
 
+import bisect
 import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from depthkv.data import Document, _start_tokens
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.arms import MakeCache
-from depthkv.evaluate.generation import Progress, write_tokens
+from depthkv.evaluate.generation import Progress, write_lines
+from depthkv.evaluate.haystack import TASKS, Draft, Haystack, Source, qa
 from depthkv.evaluate.intervals import score
+from depthkv.evaluate.qa import normalize_answer
 from depthkv.qa import Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Where the single needle lies, in turns."""
+BATCH_TOKENS = 16384
+"""Tokens of the prompts of one batch, with room for the answers, at most; a single prompt may have more."""
 
-ANSWER_TOKENS = 24
-"""Room for the answer within an item's length."""
-
-_BATCH_TOKENS = 2**14
-"""Most prompt tokens in one forward: the longer the prompts, the fewer together."""
-
-_KEYS = (
-    "amber basil cedar delta ember falcon garnet harbor indigo jasper kestrel lantern meadow nectar orchid pepper quartz "
-    "raven saffron timber umber velvet willow yarrow zephyr anchor bishop copper dragon engine"
-).split()
+_TRIES = 8
+"""Drafts of one item. Whole words fill a prompt to its last token in about two of three drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,325 +32,255 @@ class RetrievalItem:
     """One prompt and what has to be found in it."""
 
     task: str
+    """Of `depthkv.evaluate.haystack.TASKS`."""
     tokens: int
-    """Of the prompt and the room for the answer."""
-    prompt: tuple[int, ...]
-    """Token ids, `tokens - ANSWER_TOKENS` of them."""
-    answers: tuple[str, ...]
-    """All have to be written, each counts alike; of a "qa" item's, one is enough."""
+    """Length of prompt and answer together."""
     depth: float | None
-    """Of what is asked for, from 0 to 1, where it is in one place."""
-    name: str
-    """Tells items apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Puzzle:
-    """What a task hides and asks."""
-
-    intro: str
-    hidden: tuple[tuple[float, str], ...] = ()
-    """(depth, text) of each thing to put between sentences."""
-    question: str
+    """Share of the text before the needle, 0 to 1; None for other tasks."""
+    prompt_tokens: tuple[int, ...]
     answers: tuple[str, ...]
-    depth: float | None = None
-    haystack: str | None = None
-    """Instead of the documents."""
+    """What has to occur in the first line written."""
+    any_answer: bool
+    """One of the answers is enough; otherwise the score is the share of them that occurs."""
+    answer_tokens: int
+    """Room for the answer."""
+    document: str
+    """What the text is from, for the bootstrap: a document's name, an article's title, or the item's own id."""
 
+    def score(self, line: str) -> float:
+        """Of what was written, 0 to 100. What else is in it does not matter, as with RULER's scores.
 
-_Rng = random.Random
-_Task = Callable[[_Rng, int, "_Source"], _Puzzle]
-
-
-def _needle(rng: _Rng, number: int, source: _Source) -> _Puzzle:
-    """One number, at each of `DEPTHS` in turn."""
-    return _hide_numbers(rng, 1, DEPTHS[number % len(DEPTHS)])
-
-
-def _multi_needle(rng: _Rng, number: int, source: _Source) -> _Puzzle:
-    """Four numbers of different names, one of which is asked for."""
-    return _hide_numbers(rng, 4, None)
-
-
-def _hide_numbers(rng: _Rng, count: int, depth: float | None) -> _Puzzle:
-    keys = rng.sample(_KEYS, count)
-    numbers = rng.sample(range(10_000, 100_000), count)
-    depths = [rng.random() if depth is None else depth for _ in keys]
-    return _Puzzle(
-        intro="Remember the secret numbers in this text.\n\n",
-        hidden=tuple(
-            (place, f"The secret number of {key} is {value}.")
-            for place, key, value in zip(depths, keys, numbers, strict=True)
-        ),
-        question=f"\n\nQuestion: What is the secret number of {keys[0]}?\nAnswer: The secret number of {keys[0]} is",
-        answers=(str(numbers[0]),),
-        depth=depths[0],
-    )
-
-
-def _variables(rng: _Rng, number: int, source: _Source) -> _Puzzle:
-    """A number is handed from name to name: which names hold it?"""
-    names = rng.sample([key.upper() for key in _KEYS], 6)
-    values = rng.sample(range(10_000, 100_000), 2)
-    chain, other = names[:3], names[3:]
-    hidden = []
-    for members, value in ((chain, values[0]), (other, values[1])):
-        # each name is set before it is read
-        places = sorted(rng.random() for _ in members)
-        lines = [f"VAR {members[0]} = {value}."]
-        lines += [f"VAR {name} = VAR {before}." for before, name in zip(members, members[1:], strict=False)]
-        hidden += list(zip(places, lines, strict=True))
-    return _Puzzle(
-        intro="Keep track of the variables in this text.\n\n",
-        hidden=tuple(sorted(hidden)),
-        question=f"\n\nQuestion: Which three variables hold the value {values[0]}?\nAnswer: They are VAR",
-        answers=tuple(chain),
-    )
-
-
-def _common_words(rng: _Rng, number: int, source: _Source) -> _Puzzle:
-    """A list of words of the text, five of which come again and again."""
-    common = rng.sample(source.words, 5)
-    rest = [word for word in source.words if word not in common]
-    words = [rng.choice(rest) for _ in range(source.tokens)]
-    # a fifth of the list: each common word is then one in 25, any other at most one in a few hundred
-    for i in range(len(words)):
-        if rng.random() < 0.2:
-            words[i] = rng.choice(common)
-    return _Puzzle(
-        intro="Words of this list occur again and again:\n\n",
-        question="\n\nQuestion: Which five words occur most often in the list?\nAnswer: The words are",
-        answers=tuple(common),
-        haystack=" " + " ".join(words),
-    )
-
-
-def _questions(rng: _Rng, number: int, source: _Source) -> _Puzzle:
-    """A paragraph that answers a question, among paragraphs of other articles."""
-    asked = source.questions[number % len(source.questions)]
-    others = sorted({q.context for q in source.questions if q.article != asked.article})
-    if not others:
-        raise DataError("expected questions on at least two articles for the retrieval task qa, got one")
-    rng.shuffle(others)
-    depth = rng.random()
-    return _Puzzle(
-        intro="Answer the question by this text.\n\n",
-        hidden=((depth, f"\n{asked.context}\n"),),
-        question=f"\n\nQuestion: {asked.question}\nAnswer:",
-        answers=asked.answers,
-        depth=depth,
-        haystack="\n\n".join(others),
-    )
-
-
-TASKS: dict[str, _Task] = {
-    "needle": _needle,
-    "multi-needle": _multi_needle,
-    "variables": _variables,
-    "common-words": _common_words,
-    "qa": _questions,
-}
-"""What can be asked for. A task makes a puzzle from random numbers, the item's number and the source."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What puzzles are made from."""
-
-    tokens: int
-    words: list[str]
-    """Words of the documents that are one token each after a space."""
-    questions: Sequence[Question]
+        Both are normalised as for SQuAD: case, punctuation and articles do not count.
+        """
+        written = normalize_answer(line)
+        found = [normalize_answer(answer) in written for answer in self.answers]
+        return 100.0 * any(found) if self.any_answer else 100 * sum(found) / len(found)
 
 
 def retrieval_items(
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tasks: Sequence[str] = ("needle", "multi-needle", "variables", "common-words"),
-    lengths: Sequence[int] = (512, 1024),
-    num_items: int = 10,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    num_items: int,
     seed: int = 0,
     questions: Sequence[Question] | None = None,
+    answer_tokens: int | None = None,
 ) -> list[RetrievalItem]:
-    """Items for every task and length. The same arguments give the same items.
+    """Prompts of each task and length; the same arguments give the same ones.
+
+    Text is taken from a random place on, in its order, from the first document again after the last, and never twice
+    in a prompt. A prompt holds whole words, and fills its length up to the last token where a few tries can do that;
+    so nearly all prompts of one task and length have the same number of tokens.
 
     Args:
-        documents: the text to hide in. It is read on from a random place, and from its start again if it is short.
+        documents: text to hide something in.
         tokenizer: the model's.
-        tasks: of `TASKS`.
-        lengths: tokens of prompt and answer.
-        num_items: of each task and length.
-        seed: of everything drawn.
-        questions: for the task "qa", on two articles or more.
+        tasks: of `depthkv.evaluate.haystack.TASKS`.
+        lengths: of prompt and answer together, tokens.
+        num_items: of each task and length. Needles lie at five depths in turn, so a multiple of 5 is best.
+        seed: of everything that is drawn.
+        questions: for the task "qa". Those whose passage takes more than half of the length are not asked; where fewer
+            than `num_items` remain, they are asked again among other passages.
+        answer_tokens: room for the answer; by default the task's own.
 
     Raises:
-        DataError: an unknown task, "qa" without questions, a length that does not hold the puzzle, no text.
+        DepthKVError: an unknown task, a length too small for a task, or a number below 1.
+        DataError: too little text for a length, or no questions that fit.
     """
     for task in tasks:
         if task not in TASKS:
-            raise DataError(f"expected a retrieval task among {', '.join(TASKS)}, got {task!r}")
-    if "qa" in tasks and not questions:
-        raise DataError("expected questions for the retrieval task qa, got none")
-    if num_items < 1:
-        raise DepthKVError(f"expected at least 1 item, got {num_items}")
-    text = _Tokens(tokenizer)
-    haystack = text("\n\n".join(document.text.strip() for document in documents))
-    if not haystack:
-        raise DataError("expected documents with text to hide something in, got none")
-    words = _one_token_words(documents, text) if "common-words" in tasks else []
+            raise DepthKVError(f"expected a retrieval task among {', '.join(TASKS)}, got {task!r}")
+    if not tasks or not lengths or num_items < 1 or (answer_tokens is not None and answer_tokens < 1):
+        raise DepthKVError(
+            "expected at least one task, length, item and answer token, "
+            f"got {list(tasks)}, {list(lengths)}, {num_items} and {answer_tokens}"
+        )
+    haystack = Haystack(documents)
+    encode = _Encoder(tokenizer)
     items = []
     for task in tasks:
-        for length in lengths:
-            source = _Source(tokens=length, words=words, questions=questions or ())
+        make, own_room = TASKS[task]
+        room = own_room if answer_tokens is None else answer_tokens
+        for tokens in lengths:
+            source = Source(haystack=haystack)
+            if make is qa:
+                rng = random.Random(f"{seed}:{task}:{tokens}")
+                asked = _fitting_questions(questions or (), encode, tokens, num_items, rng)
+                source = Source(haystack=haystack, questions=asked, passages=questions or ())
             for i in range(num_items):
-                rng = random.Random(f"{seed}:{task}:{length}:{i}")
-                puzzle = TASKS[task](rng, i, source)
-                straw = haystack if puzzle.haystack is None else text(puzzle.haystack)
-                start = rng.randrange(len(straw)) if puzzle.haystack is None else 0
-                prompt = _assemble(text, puzzle, straw, start, length - ANSWER_TOKENS)
-                if prompt is None:
-                    raise DataError(f"expected more than {length} tokens for the retrieval task {task}, got {length}")
+                draft, prompt = _fullest(source, encode, task, tokens, room, seed, i)
                 items.append(
                     RetrievalItem(
                         task=task,
-                        tokens=length,
-                        prompt=tuple(prompt),
-                        answers=puzzle.answers,
-                        depth=puzzle.depth,
-                        name=f"{task}:{length}:{i}",
+                        tokens=tokens,
+                        depth=draft.depth,
+                        prompt_tokens=tuple(prompt),
+                        answers=draft.answers,
+                        any_answer=draft.any_answer,
+                        answer_tokens=room,
+                        document=f"{task}:{tokens}:{i}" if draft.document is None else draft.document,
                     )
                 )
     return items
 
 
 def retrieve(
-    model: nn.Module,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[RetrievalItem],
     *,
     make_cache: MakeCache | None = None,
     batch_size: int = 8,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> list[float]:
-    """The share of each item's answers that the model writes, per cent, under whatever is applied to it.
+    """Score of each item, 0 to 100, from what the model writes greedily in one line.
 
     Args:
-        model: a causal language model of transformers in evaluation mode.
+        model: a causal language model of transformers in evaluation mode, under whatever holds meanwhile.
         tokenizer: the model's.
-        items: from `retrieval_items`.
-        make_cache: as for `write_tokens`.
-        batch_size: prompts of one length answered together; fewer where they are long.
+        items: from `retrieval_items` with the same tokenizer.
+        make_cache: as for `depthkv.evaluate.generation.write_tokens`.
+        batch_size: prompts answered together.
+        batch_tokens: fewer are, where they have more tokens than this in all.
         progress: called after each batch.
+
+    Raises:
+        DataError: no items.
+        DepthKVError: a batch size below 1.
     """
-    found = [0.0] * len(items)
-    for length in sorted({len(item.prompt) for item in items}, reverse=True):
-        chosen = [i for i, item in enumerate(items) if len(item.prompt) == length]
-        written = write_tokens(
+    if not items:
+        raise DataError("expected at least one item to retrieve, got none")
+    if batch_size < 1:
+        raise DepthKVError(f"expected a batch size of at least 1, got {batch_size}")
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, item in enumerate(items):
+        groups.setdefault((item.tokens, item.answer_tokens), []).append(i)
+    scores = [0.0] * len(items)
+    # the longest first: what is too large for the memory fails at once
+    for (tokens, answer_tokens), group in sorted(groups.items(), reverse=True):
+        lines = write_lines(
             model,
             tokenizer,
-            [items[i].prompt for i in chosen],
-            max_new_tokens=ANSWER_TOKENS,
-            batch_size=max(1, min(batch_size, _BATCH_TOKENS // length)),
+            [items[i].prompt_tokens for i in group],
+            max_new_tokens=answer_tokens,
+            batch_size=max(1, min(batch_size, batch_tokens // tokens)),
             make_cache=make_cache,
             progress=progress,
         )
-        for i, tokens in zip(chosen, written, strict=True):
-            found[i] = item_score(items[i], tokenizer.decode(tokens, skip_special_tokens=True))
-    return found
-
-
-def item_score(item: RetrievalItem, text: str) -> float:
-    """The share of the answers that `text` holds, per cent; of a "qa" item's, one is enough."""
-    # a number must not count for being part of a longer one
-    hits = [re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None for answer in item.answers]
-    return 100.0 * any(hits) if item.task == "qa" else 100.0 * sum(hits) / len(hits)
+        for i, line in zip(group, lines, strict=True):
+            scores[i] = items[i].score(line)
+    return scores
 
 
 def summarize(
-    items: Sequence[RetrievalItem], scores: Sequence[float], baseline: Sequence[float] | None = None, *, seed: int = 0
+    items: Sequence[RetrievalItem],
+    scores: Sequence[float],
+    baseline: Sequence[float] | None = None,
+    *,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """The section "retrieval" of `evaluate --json`: all items, by task and length, and the needle by depth.
+    """Means with their intervals, for JSON: of everything, of each task and length, and of each depth of the needle.
 
     Args:
-        items: from `retrieval_items`.
-        scores: from `retrieve`.
-        baseline: the full cache's.
-        seed: of the bootstrap over items.
-    """
+        items: what was asked.
+        scores: of each.
+        baseline: the full cache's score of each; None for the full cache itself.
+        seed: of the bootstrap.
 
-    def over(chosen: Sequence[int]) -> dict[str, Any]:
-        base = None if baseline is None else [baseline[i] for i in chosen]
-        return score([scores[i] for i in chosen], [items[i].name for i in chosen], base, seed=seed).to_dict()
+    Returns:
+        {"score": S, "tasks": [{"task", "tokens", "score": S}], "depths": [{"tokens", "depth", "score": S}]}, where S
+        is a `Score` as a dict, in per cent.
+
+    Raises:
+        DepthKVError: no items, or another number of scores.
+    """
+    if len(scores) != len(items):
+        raise DepthKVError(f"expected as many scores as items, {len(items)}, got {len(scores)}")
+
+    def part(chosen: Sequence[int]) -> dict[str, Any]:
+        return score(
+            [scores[i] for i in chosen],
+            [items[i].document for i in chosen],
+            None if baseline is None else [baseline[i] for i in chosen],
+            seed=seed,
+        ).to_dict()
 
     tasks: dict[tuple[str, int], list[int]] = {}
     depths: dict[tuple[int, float], list[int]] = {}
     for i, item in enumerate(items):
         tasks.setdefault((item.task, item.tokens), []).append(i)
-        if item.task == "needle" and item.depth is not None:
+        if item.depth is not None:
             depths.setdefault((item.tokens, item.depth), []).append(i)
     return {
-        "score": over(range(len(items))),
-        "tasks": [{"task": task, "tokens": n, "score": over(chosen)} for (task, n), chosen in tasks.items()],
-        "depths": [{"tokens": n, "depth": d, "score": over(chosen)} for (n, d), chosen in sorted(depths.items())],
+        "score": part(range(len(items))),
+        "tasks": [{"task": task, "tokens": tokens, "score": part(group)} for (task, tokens), group in tasks.items()],
+        "depths": [
+            {"tokens": tokens, "depth": depth, "score": part(group)}
+            for (tokens, depth), group in sorted(depths.items())
+        ],
     }
 
 
-class _Tokens:
-    """The tokenizer, without special tokens."""
+class _Encoder:
+    """From text to token ids, with the token that the tokenizer starts every text with, if any."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self.start = _start_tokens(tokenizer)
-        self._ends: dict[int, bool] = {}
+        self._start = _start_tokens(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
-        # verbose=False: a text longer than the model's context is what we want here, so no warning about it
+        # verbose=False: no warning about a text that is longer than the model's context
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokens
-
-    def ends_sentence(self, token: int) -> bool:
-        """Whether something may be put after this token."""
-        if token not in self._ends:
-            text = str(self._tokenizer.decode([token]))
-            self._ends[token] = "\n" in text or text.rstrip().endswith((".", "!", "?"))
-        return self._ends[token]
+        return self._start + tokens
 
 
-def _assemble(text: _Tokens, puzzle: _Puzzle, straw: list[int], start: int, wanted: int) -> list[int] | None:
-    """The prompt's tokens, exactly `wanted`; None where they are too few."""
-    intro, question = text.start + text(puzzle.intro), text(puzzle.question)
-    hidden = [(depth, text(f"\n{piece}\n")) for depth, piece in puzzle.hidden]
-    room = wanted - len(intro) - len(question) - sum(len(piece) for _, piece in hidden)
-    if room < len(hidden) + 1:
-        return None
-    hay = [straw[(start + i) % len(straw)] for i in range(room)]
-    ends = [0, *(i + 1 for i, token in enumerate(hay) if text.ends_sentence(token)), room]
-    prompt, done = intro, 0
-    # nearest sentence end; the order by depth is kept, as later lines may refer to earlier ones
-    for depth, piece in sorted(hidden, key=lambda pair: pair[0]):
-        at = max(done, min(ends, key=lambda end: abs(end - depth * room)))
-        prompt = prompt + hay[done:at] + piece
-        done = at
-    return prompt + hay[done:] + question
+def _fullest(
+    source: Source, encode: _Encoder, task: str, tokens: int, room: int, seed: int, index: int
+) -> tuple[Draft, list[int]]:
+    """The first of a few drafts that fills the length exactly, or else the one that fills it best."""
+    rng = random.Random(f"{seed}:{task}:{tokens}:{index}")
+    found: list[tuple[Draft, list[int]]] = []
+    while len(found) < _TRIES and not (found and len(found[-1][1]) == tokens - room):
+        draft = TASKS[task][0](source, rng, index)
+        found.append((draft, _fill(draft, encode, task, tokens, room)))
+    return max(found, key=lambda pair: len(pair[1]))
 
 
-def _one_token_words(documents: Sequence[Document], text: _Tokens) -> list[str]:
-    """Words of at least four letters that are one token each after a space: lists of them have an exact length."""
-    seen = sorted({word for document in documents for word in re.findall(r"\b[a-z0-9]{2,}\b", document.text[:50_000])})
-    words = [word for word in seen if len(text(f" {word}")) == 1]
-    if len(words) < 10:
-        raise DataError(f"expected at least 10 words of one token each for the task common-words, got {len(words)}")
-    return [word for word in words if len(word) >= 4] if sum(len(word) >= 4 for word in words) >= 10 else words
+def _fill(draft: Draft, encode: _Encoder, task: str, tokens: int, room: int) -> list[int]:
+    """The draft's prompt with as much filler as fits."""
+    limit = tokens - room
+    if (shortest := len(encode(draft.text(draft.least)))) > limit:
+        raise DepthKVError(f"expected a length of at least {shortest + room} tokens for the task {task}, got {tokens}")
+    # a unit takes a token or more, except with the few tokenizers that merge words
+    most = max(draft.least, 2 * limit if draft.most is None else min(2 * limit, draft.most))
+    counts = range(draft.least, most + 1)
+    # the first number of units that is too large
+    too_many = bisect.bisect_left(counts, True, key=lambda count: len(encode(draft.text(count))) > limit)
+    prompt = encode(draft.text(counts[too_many - 1]))
+    if too_many == len(counts) and len(prompt) < limit:
+        raise DataError(f"expected text for prompts of {limit} tokens of the task {task}, got enough for {len(prompt)}")
+    return prompt
 
 
-__all__ = [
-    "ANSWER_TOKENS",
-    "DEPTHS",
-    "TASKS",
-    "RetrievalItem",
-    "item_score",
-    "retrieval_items",
-    "retrieve",
-    "summarize",
-]
+def _fitting_questions(
+    questions: Sequence[Question], encode: _Encoder, tokens: int, count: int, rng: random.Random
+) -> list[Question]:
+    """Up to `count` questions that an answer counts for and whose context takes at most half of `tokens`."""
+    chosen: list[Question] = []
+    for question in rng.sample(list(questions), len(questions)):
+        if len(chosen) == count:
+            break
+        if any(map(normalize_answer, question.answers)) and 2 * len(encode(question.context)) <= tokens:
+            chosen.append(question)
+    if not chosen:
+        raise DataError(
+            f"expected questions for the task qa whose passages have at most {tokens // 2} tokens, got "
+            + (f"{len(questions)} with longer ones" if questions else "none")
+        )
+    return chosen
+
+
+__all__ = ["BATCH_TOKENS", "RetrievalItem", "retrieval_items", "retrieve", "summarize"]
