@@ -12,13 +12,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint clean FORCE
+.PHONY: help demo test slow lint docs clean FORCE
 
 help:
 	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
 	@echo "make test   the tests, on CPU and without a network"
 	@echo "make slow   the tests that take minutes or download a model"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation site, in site/"
 	@echo "make clean  remove .venv and caches of tools"
 
 demo: $(VENV)/run.stamp
@@ -35,6 +36,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable keeps the theme from advertising its successor.
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

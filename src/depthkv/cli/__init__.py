@@ -17,6 +17,7 @@ from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.measure import bench_command, generate_command, inspect_command
 from depthkv.cli.output import remember_command
+from depthkv.cli.report import report_command
 from depthkv.cli.train import adapt_command
 from depthkv.errors import DepthKVError
 
@@ -38,6 +39,7 @@ app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(d
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
+app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
 

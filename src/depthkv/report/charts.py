@@ -1,0 +1,311 @@
+"""Charts as SVG that takes its colours from the page's style sheet, so that one serves light and dark.
+
+They are drawn for a width of 400 pixels, so that letters can be read on a phone and are not too large on a desk. The
+same figures give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from depthkv.report.parts import fixed
+
+COLOURS = 6
+"""In the style sheet, as classes c1 to c6."""
+_WIDTH = 400.0
+_LETTER = 6.9
+"""Pixels of a letter of 12.5 pixels, on average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Of a line."""
+
+    x: float
+    y: float
+    low: float = math.nan
+    """End of its interval, NaN where there is none."""
+    high: float = math.nan
+    words: str
+    """What is shown when the pointer rests on it."""
+    aside: bool = False
+    """Shown beside the line, which does not go through it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Points of one label."""
+
+    label: str
+    points: tuple[Point, ...]
+    connected: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One bar or dot of a list of them, or a heading over those below."""
+
+    label: str
+    value: float | None = None
+    """None makes it a heading."""
+    low: float = math.nan
+    high: float = math.nan
+    text: str = ""
+    """The figure in words, to the right."""
+    style: int = 0
+
+
+def line_chart(
+    lines: Sequence[Line],
+    ticks: Sequence[tuple[float, str]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    digits: int = 2,
+    log_x: bool = False,
+    labelled: bool = False,
+    zero: bool = False,
+    styles: Sequence[int] | None = None,
+) -> Markup:
+    """Lines with intervals.
+
+    Args:
+        lines: at least one point in all.
+        ticks: of the x axis, with their words; a line break parts two lines.
+        title: for those who cannot see it.
+        x_label: below the axis.
+        y_label: above the chart.
+        digits: of the figures beside points.
+        log_x: a factor of two is as wide everywhere.
+        labelled: figures beside the highest and lowest point of each x.
+        zero: the y axis shows 0, as a line of its own.
+        styles: number of each line's colour and marker, as for `swatch`; None counts from 0.
+    """
+    numbers = list(range(len(lines))) if styles is None else list(styles)
+    height, left, right, top = 290.0, 46.0, 16.0, 34.0
+    bottom = 44.0 + 14.0 * max((label.count("\n") for _, label in ticks), default=0)
+    points = [point for line in lines for point in line.points]
+    place = _scale([x for x, _ in ticks] + [point.x for point in points], left + 22, _WIDTH - right - 22, log=log_x)
+    values = _finite([value for point in points for value in (point.y, point.low, point.high)] + [0.0] * zero)
+    y_ticks, least, most = _ticks(min(values), max(values), 5, padding=0.09 if labelled else 0.04)
+
+    def up(value: float) -> float:
+        return top + (height - top - bottom) * (1 - (value - least) / (most - least))
+
+    parts = [_text(4, 14, y_label, "axis")]
+    for value, words in y_ticks:
+        kind = "zero" if zero and value == 0 else "grid"
+        parts.append(_stroke(left, up(value), _WIDTH - right, up(value), kind))
+        parts.append(_text(left - 6, up(value) + 4, words, "tick end"))
+    for x, label in _apart(ticks, place):
+        parts.append(_stroke(place(x), height - bottom, place(x), height - bottom + 4, "grid"))
+        for i, words in enumerate(label.split("\n")):
+            parts.append(_text(place(x), height - bottom + 17 + 14 * i, words, "tick middle"))
+    parts.append(_text((left + _WIDTH - right) / 2, height - 5, x_label, "axis middle"))
+    for order, (number, line) in enumerate(zip(numbers, lines, strict=True)):
+        shift = 4.0 * (order - (len(lines) - 1) / 2) if len(lines) <= COLOURS else 0.0
+        at = [(place(point.x) + shift, up(point.y)) for point in line.points]
+        drawn = []
+        through = [place for place, point in zip(at, line.points, strict=True) if not point.aside]
+        if line.connected and len(through) > 1:
+            path = " ".join(f"{_number(x)},{_number(y)}" for x, y in through)
+            drawn.append(Markup('<polyline class="line{}" points="{}"/>').format(_dash(number), path))
+        for (x, y), point in zip(at, line.points, strict=True):
+            whisker = _whisker(x, up(point.low), x, up(point.high)) if point.low == point.low else Markup("")
+            drawn.append(Markup("<g><title>{}</title>{}{}</g>").format(point.words, whisker, _marker(x, y, number)))
+        parts.append(Markup('<g class="c{}">{}</g>').format(number % COLOURS + 1, Markup("").join(drawn)))
+    if labelled:
+        parts += _point_labels(list(zip(numbers, lines, strict=True)), place, up, digits)
+    return _svg(parts, height, title)
+
+
+def item_chart(
+    items: Sequence[Item], *, title: str, bars: bool = False, reference: float | None = None, x_label: str = ""
+) -> Markup:
+    """Dots or bars below each other, each with its words above it, so that long names have room.
+
+    Args:
+        items: at least one with a value.
+        title: for those who cannot see it.
+        bars: from zero; dots otherwise.
+        reference: a line to compare with.
+        x_label: below the axis.
+    """
+    left, right, pitch = 8.0, 14.0, 37.0 if bars else 34.0
+    values = _finite([v for item in items if item.value is not None for v in (item.value, item.low, item.high)])
+    values += [0.0] if bars else []
+    values += [reference] if reference is not None else []
+    x_ticks, least, most = _ticks(min(values), max(values), 5, padding=0.0 if bars else 0.05)
+
+    def along(value: float) -> float:
+        return left + (_WIDTH - left - right) * (value - least) / (most - least)
+
+    top, parts = 4.0, []
+    for item in items:
+        if item.value is None:
+            top += 8
+            parts.append(_text(left, top + 12, _cut(item.label, _WIDTH - left - right), "head", whole=item.label))
+            top += 22
+            continue
+        room = _WIDTH - left - right - _LETTER * len(item.text) - 10
+        parts.append(_text(left, top + 12, _cut(item.label, room), "name", whole=item.label))
+        parts.append(_text(_WIDTH - right, top + 12, item.text, "value end"))
+        middle = top + (24 if bars else 23)
+        mark: list[Markup] = []
+        if bars:
+            box = '<rect class="bar" x="{}" y="{}" width="{}" height="11" rx="2"/>'
+            width = max(1.0, along(item.value) - along(0))
+            mark.append(Markup(box).format(_number(along(0)), _number(middle - 5.5), _number(width)))
+        if item.low == item.low and item.low != item.high:
+            mark.append(_whisker(along(item.low), middle, along(item.high), middle, "over" if bars else ""))
+        if not bars:
+            mark.append(_marker(along(item.value), middle, item.style))
+        parts.append(
+            Markup('<g class="c{}"><title>{}: {}</title>{}</g>').format(
+                item.style % COLOURS + 1, item.label, item.text, Markup("").join(mark)
+            )
+        )
+        top += pitch
+    height = top + (38 if x_label else 22)
+    grid = []
+    for value, words in x_ticks:
+        grid.append(_stroke(along(value), 2, along(value), top, "grid"))
+        kind = "start" if along(value) < 20 else "end" if along(value) > _WIDTH - 30 else "middle"
+        grid.append(_text(along(value), top + 15, words, f"tick {kind}"))
+    if reference is not None:
+        grid.append(_stroke(along(reference), 2, along(reference), top, "zero"))
+    if x_label:
+        grid.append(_text(_WIDTH / 2, height - 5, x_label, "axis middle"))
+    return _svg([*grid, *parts], height, title)
+
+
+def swatch(number: int, *, connected: bool = True) -> Markup:
+    """A short line and the marker of the line with this number, for a legend."""
+    line = Markup('<line class="line{}" x1="1" y1="7" x2="29" y2="7"/>').format(_dash(number)) if connected else ""
+    return Markup('<svg class="swatch c{}" viewBox="0 0 30 14" aria-hidden="true">{}{}</svg>').format(
+        number % COLOURS + 1, line, _marker(15, 7, number)
+    )
+
+
+def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        _number(_WIDTH), _number(height), title, Markup("\n").join(parts)
+    )
+
+
+def _point_labels(
+    lines: Sequence[tuple[int, Line]], place: Callable[[float], float], up: Callable[[float], float], digits: int
+) -> list[Markup]:
+    """At each x the highest connected point's figure above it and the lowest one's below, unless others are there."""
+    columns: dict[float, list[tuple[float, int, Point]]] = {}
+    for number, line in lines:
+        for point in line.points:
+            if line.connected and not point.aside:
+                columns.setdefault(point.x, []).append((point.y, number, point))
+    found: list[Markup] = []
+    taken: list[tuple[float, float, float]] = []
+    for x, column in sorted(columns.items()):
+        column.sort(key=lambda entry: entry[:2])
+        chosen = [(column[-1], True), (column[0], False)] if len(column) > 1 else [(column[0], True)]
+        for (_, number, point), above in chosen:
+            ends = _finite([point.y, point.high if above else point.low])
+            y = up(max(ends)) - 9 if above else up(min(ends)) + 18
+            words = fixed(point.y, digits)
+            half = _LETTER * len(words) / 2 + 3
+            if any(abs(place(x) - at) < half + other and abs(y - height) < 13 for at, height, other in taken):
+                continue
+            taken.append((place(x), y, half))
+            found.append(_text(place(x), y, words, f"mark middle c{number % COLOURS + 1}"))
+    return found
+
+
+def _scale(values: Sequence[float], start: float, end: float, *, log: bool) -> Callable[[float], float]:
+    """From a value to its place between `start` and `end`."""
+    low, high = min(values), max(values)
+    if low == high:
+        return lambda value: (start + end) / 2
+    if log:
+        return lambda value: start + (end - start) * math.log(value / low) / math.log(high / low)
+    return lambda value: start + (end - start) * (value - low) / (high - low)
+
+
+def _ticks(low: float, high: float, wanted: int, *, padding: float) -> tuple[list[tuple[float, str]], float, float]:
+    """Round values with their words, and the ends of an axis that holds all from `low` to `high` with some room."""
+    span = high - low
+    if span <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        span = max(abs(high), 1.0) * 0.2
+        low, high = low - span / 2, high + span / 2
+    least, most = low - padding * span, high + padding * span
+    rough = (most - least) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if round(step / power, 6) == 2.5 else 0)
+    first, last = math.ceil(least / step - 1e-9), math.floor(most / step + 1e-9)
+    return [(i * step, fixed(i * step, digits)) for i in range(first, last + 1)], least, most
+
+
+def _apart(ticks: Sequence[tuple[float, str]], place: Callable[[float], float]) -> list[tuple[float, str]]:
+    """Without those that would print over their right neighbour."""
+    kept: list[tuple[float, str]] = []
+    for x, label in sorted(ticks, reverse=True):
+        width = _LETTER * max(map(len, label.split("\n"))) + 6
+        if not kept or place(kept[-1][0]) - place(x) >= width:
+            kept.append((x, label))
+    return kept[::-1]
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def _number(value: float) -> str:
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text
+
+
+def _dash(number: int) -> str:
+    """Lines that have the colour of an earlier one are dashed."""
+    return " dashed" if number // COLOURS % 2 else ""
+
+
+def _text(x: float, y: float, words: str, kind: str, whole: str | None = None) -> Markup:
+    title = Markup("<title>{}</title>").format(whole) if whole is not None and whole != words else ""
+    return Markup('<text class="{}" x="{}" y="{}">{}{}</text>').format(kind, _number(x), _number(y), words, title)
+
+
+def _stroke(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    line = '<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>'
+    return Markup(line).format(kind, *map(_number, (x1, y1, x2, y2)))
+
+
+def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> Markup:
+    """A line with a short stroke across each end."""
+    across = (0.0, 3.5) if y1 == y2 else (3.5, 0.0)
+    strokes = [(x1, y1, x2, y2)]
+    strokes += [(x - across[0], y - across[1], x + across[0], y + across[1]) for x, y in ((x1, y1), (x2, y2))]
+    path = "".join(f"M{_number(a)} {_number(b)}L{_number(c)} {_number(d)}" for a, b, c, d in strokes)
+    return Markup('<path class="{}" d="{}"/>').format(f"whisker {kind}".strip(), path)
+
+
+def _marker(x: float, y: float, number: int) -> Markup:
+    """Circle, square, diamond, triangle in turn: colours alone do not tell lines apart for everyone."""
+    shapes = (
+        [(x - 4, y - 4), (x + 4, y - 4), (x + 4, y + 4), (x - 4, y + 4)],
+        [(x, y - 5.8), (x + 5.8, y), (x, y + 5.8), (x - 5.8, y)],
+        [(x, y - 5.5), (x + 5.2, y + 4), (x - 5.2, y + 4)],
+    )
+    if number % 4 == 0:
+        return Markup('<circle class="point" cx="{}" cy="{}" r="4.5"/>').format(_number(x), _number(y))
+    corners = " ".join(f"{_number(a)},{_number(b)}" for a, b in shapes[number % 4 - 1])
+    return Markup('<polygon class="point" points="{}"/>').format(corners)
+
+
+def _cut(words: str, room: float) -> str:
+    """Shortened to what fits."""
+    letters = max(8, int(room / _LETTER))
+    return words if len(words) <= letters else f"{words[: letters - 1].rstrip()}\u2026"

@@ -1,0 +1,326 @@
+"""The documentation says what is true: its Python runs, its command lines exist and run, its links lead somewhere.
+
+Every page is read as a reader follows it: block after block, in one namespace and one folder. What would be downloaded
+is a tiny model of as many layers and a tiny text; numbers that only decide how long something takes are made small.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import depthkv.checkpoint
+import depthkv.cli
+import depthkv.data
+from depthkv import SharingPlan, load
+from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
+from depthkv.cli import app, main
+from depthkv.location import Location
+from tiny import WORDS, tiny_checkpoint, tiny_model, tiny_text
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+
+LAYERS = 30
+"""Of SmolLM2-135M, which the pages' plans are for."""
+
+SMALLER = {"300_000": "600", "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)"}
+"""What Python blocks say, and what runs instead."""
+
+SMALL_OPTIONS = {
+    "--minutes": ["0.002"],
+    "--tokens": ["64"],
+    "--repeats": ["1"],
+    "--prompt-tokens": ["8"],
+    "--new-tokens": ["3"],
+    "--max-new-tokens": ["3"],
+    "--length": ["192"],
+}
+"""What is given instead of the numbers of a command line."""
+
+ADDED_OPTIONS: dict[str, dict[str, str]] = {
+    "adapt": {"--block-size": "32", "--blocks": "0", "--precision": "fp32", "--finetune": "0"},
+    "evaluate": {"--block-size": "32", "--blocks": "2", "--prompts": "1", "--new-tokens": "3", "--items": "1"}
+    | {"--num-questions": "8", "--length": "192", "--retention": ".5"},
+    "generate": {"--max-new-tokens": "3"},
+    "bench": {"--prompt-tokens": "8", "--new-tokens": "3", "--repeats": "1"},
+}
+"""What is added where a command line says nothing of it."""
+
+NOT_RUN_COMMANDS = {"demo": "has tests of its own"}
+MOST_NOT_RUN = 2
+"""Blocks that may be left out with `<!-- not run: reason -->`, over all pages."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code of a page."""
+
+    language: str
+    """As the fence says; "" for an indented block."""
+    line: int
+    code: str
+    not_run: str | None
+    """The reason why it is not run."""
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """Fenced and indented blocks, in their order."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    i = 0
+    while i < len(lines):
+        start = i
+        above = next((line for line in reversed(lines[:start]) if line.strip()), "")
+        found = re.fullmatch(r"<!-- not run: (.+) -->", above.strip())
+        reason = found[1] if found else None
+        if fence := re.fullmatch(r"```(\w*).*", lines[i]):
+            end = lines.index("```", i + 1)
+            yield Block(fence[1], start + 2, "\n".join(lines[i + 1 : end]) + "\n", reason)
+            i = end + 1
+        elif lines[i].startswith("    ") and (i == 0 or not lines[i - 1].strip()):
+            while i < len(lines) and (lines[i].startswith("    ") or not lines[i].strip()):
+                i += 1
+            yield Block("", start + 1, "\n".join(line[4:] for line in lines[start:i]) + "\n", reason)
+        else:
+            i += 1
+
+
+def command_lines(block: Block) -> list[list[str]]:
+    """Arguments of `depthkv`, also where torchrun or accelerate starts it."""
+    if block.language not in ("", "sh", "bash", "console"):
+        return []
+    found = []
+    for line in block.code.replace("\\\n", " ").splitlines():
+        if match := re.match(r"(?:\$ )?(?:depthkv|(?:python|torchrun|accelerate launch) .*-m depthkv) (.+)", line):
+            found.append(shlex.split(match[1], comments=True))
+    return found
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """What `main` hands to the parser: options that take several values are repeated there."""
+    with pytest.MonkeyPatch.context() as patch:
+        handed: list[str] = []
+        patch.setattr(depthkv.cli, "app", lambda args, **options: handed.extend(args))
+        main(arguments)
+    return handed
+
+
+def parsed(arguments: list[str]) -> tuple[Any, Mapping[str, Any]]:
+    """The command and the values that the real parser finds; raises where it knows an option or command not."""
+    group: Any = typer.main.get_command(app)
+    command = group.commands[arguments[0]]
+    values, rest, _ = command.make_parser(command.context_class(command)).parse_args(spread(arguments)[1:])
+    assert not rest, f"expected no further arguments, got {rest}"
+    return command, values
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_command_lines_parse(page: Path) -> None:
+    for block in blocks_of(page):
+        for arguments in command_lines(block):
+            command, values = parsed(arguments)
+            missing = [p.name for p in command.params if p.required and not values.get(p.name)]
+            assert not missing, f"line {block.line}: {' '.join(arguments)} lacks {missing}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_command_lines_in_the_text_parse(page: Path) -> None:
+    """As in `depthkv evaluate --all-text`: a known command, known options."""
+    for span in re.findall(r"`depthkv ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+        parsed(shlex.split(span))
+
+
+def test_parsing_finds_mistakes() -> None:
+    with pytest.raises(KeyError):
+        parsed(["compress", "MODEL"])
+    with pytest.raises(Exception, match="--colour"):
+        parsed(["inspect", "MODEL", "--colour", "red"])
+
+
+# Running
+
+
+def squad(path: Path) -> None:
+    """Eight articles of one question each, whose answer stands in no other."""
+    articles = []
+    for i, word in enumerate(WORDS[50:58]):
+        question = {"id": str(i), "question": f"w9 w{i}", "answers": [{"text": word, "answer_start": 0}]}
+        paragraph = {"context": " ".join([word, *WORDS[10:50]]), "qas": [question]}
+        articles.append({"title": f"article {i}", "paragraphs": [paragraph]})
+    path.write_text(json.dumps({"version": "1.1", "data": articles}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of small files; built-in models and texts mean those there."""
+    folder = tmp_path_factory.mktemp("stand-ins")
+    tiny_checkpoint(folder / "model", num_hidden_layers=LAYERS)
+    (folder / "text").mkdir()
+    for i in range(12):
+        tiny_text(folder / "text" / f"{i}.txt", num_words=1600, seed=i)
+    with pytest.MonkeyPatch.context() as patch:
+        real = depthkv.checkpoint.locate
+
+        def locate(name: Any, progress: Any = None) -> Location:
+            return real(folder / "model" if name == "builtin:smollm2-135m" else name, progress)
+
+        patch.setattr(depthkv.checkpoint, "locate", locate)
+        patch.setattr(depthkv.checkpoint, "_ADAPTERS", folder)
+        patch.setattr(depthkv.data, "fetch_text", lambda name, progress=None: folder / "text")
+        plan = SharingPlan.every(2, LAYERS)
+        adapted = add_adapter(load("builtin:smollm2-135m")[0], LoraSettings(rank=2))
+        save_adapter(folder / "smollm2-135m-depthkv", adapted, base="builtin:smollm2-135m", plan=plan)
+        yield folder
+
+
+@pytest.fixture
+def here(stand_ins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that a reader works in, with what the pages call by these names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stand_ins / "text", "my-text")
+    shutil.copytree(stand_ins / "smollm2-135m-depthkv", "adapted")
+    squad(tmp_path / "squad.json")
+    SharingPlan.every(2, LAYERS).save("plan.json")
+    SharingPlan.from_leaders(range(15), LAYERS).save("front.json")
+    return tmp_path
+
+
+def trainer() -> Any:
+    """What "a training script of your own" has made before."""
+    from transformers import Trainer, TrainingArguments
+
+    examples = [{"input_ids": list(range(3, 19)), "labels": list(range(3, 19))}] * 2
+    arguments = TrainingArguments("trainer", max_steps=2, use_cpu=True, report_to="none", save_strategy="no")
+    return Trainer(tiny_model(num_hidden_layers=LAYERS), arguments, train_dataset=examples)
+
+
+SETUP: dict[str, dict[str, Callable[[], Any]]] = {
+    "README.md": {"trainer": trainer},
+    "docs/how-to/adapt.md": {"trainer": trainer},
+}
+"""What the Python of a page takes from elsewhere."""
+
+PLACEHOLDERS = {"MODEL": "builtin:smollm2-135m", "D": "my-text", "DIR": "out"}
+
+
+def quick(arguments: list[str]) -> list[str]:
+    """The same command on small numbers."""
+    name, *rest = [PLACEHOLDERS.get(argument, argument) for argument in arguments]
+    found: list[str] = []
+    skipping = False
+    for argument in rest:
+        if skipping and not argument.startswith("-"):
+            continue
+        skipping = argument in SMALL_OPTIONS
+        found += [argument, *SMALL_OPTIONS.get(argument, [])]
+    added = ADDED_OPTIONS.get(name, {}) | ({} if "--minutes" in found or name != "adapt" else {"--tokens": "64"})
+    for option, value in added.items():
+        found += [] if option in found else [option, value]
+    return [name, *found]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_page_runs(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    namespace |= {key: make() for key, make in SETUP.get(name, {}).items()}
+    done: list[list[str]] = []
+    for block in blocks_of(ROOT / name):
+        if block.not_run is not None:
+            continue
+        if block.language == "python":
+            code = block.code
+            for said, instead in SMALLER.items():
+                code = code.replace(said, instead)
+            code = "\n" * (block.line - 1) + code  # errors then name the page's own line
+            exec(compile(code, str(ROOT / name), "exec", dont_inherit=True), namespace)
+        for arguments in command_lines(block):
+            command = quick(arguments)
+            if arguments[0] in NOT_RUN_COMMANDS or command in done:
+                continue
+            done.append(command)
+            assert main(command) == 0, f"{name}, line {block.line}: {shlex.join(command)}: {capsys.readouterr().err}"
+
+
+def test_few_blocks_are_left_out() -> None:
+    left_out = {f"{page.name}:{block.line}": block.not_run for page in PAGES for block in blocks_of(page)}
+    left_out = {place: reason for place, reason in left_out.items() if reason is not None}
+    assert len(left_out) <= MOST_NOT_RUN, left_out
+
+
+def test_there_is_something_to_run() -> None:
+    """Else a change of the Markdown, or of how it is read here, would let everything pass."""
+    found = [block for page in PAGES for block in blocks_of(page)]
+    assert sum(block.language == "python" for block in found) >= 20
+    assert sum(len(command_lines(block)) for block in found) >= 15
+
+
+# Links and pictures
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_file(), f"expected {target} to lead to a file, got none at {file}"
+        if anchor:
+            assert anchor in headings(file), f"expected {target} to lead to a heading"
+
+
+def test_pictures_are_what_their_script_draws() -> None:
+    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    folder = ROOT / "docs" / "pictures"
+    assert {path.name for path in folder.iterdir()} == set(script.PICTURES)
+    for name, draw in script.PICTURES.items():
+        drawn = draw()
+        assert (folder / name).read_text(encoding="utf-8") == drawn, f"run python docs/pictures.py: {name} is old"
+        ElementTree.fromstring(drawn)
+        assert len(drawn) < 10_000
+
+
+# The site
+
+
+def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    for page in PAGES[1:]:
+        name = page.relative_to(ROOT / "docs").as_posix() if page.is_relative_to(ROOT / "docs") else page.name.lower()
+        assert name.removesuffix(".md") + ".html" in built
+    assert "depthkv.share" in (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
+    for path in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\s\">]+)", path.read_text())
+        assert not loaded, f"{path.name} loads {loaded}"
