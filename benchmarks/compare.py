@@ -82,7 +82,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only or models:
         started = time.perf_counter()
-        model, tokenizer, _ = load(models[name], dtype=args.dtype, device=args.device)
+        model, tokenizer, own = load(models[name], dtype=args.dtype, device=args.device)
         kinds = layer_kinds(model.config)
         arms = plan_arms([SharingPlan.for_retention(r, kinds) for r in RETENTIONS])
         if name == "peers":
@@ -93,6 +93,8 @@ def main() -> None:
             arms = [arms[0], *chosen]
         work = Evaluation(tokenizer=tokenizer, texts=texts, config=config, questions=questions)
         figures = measure(model, name, models[name], work, arms, args)
+        if own is not None and own.provenance:
+            figures["recipe"] = dict(own.provenance)
         figures["seconds"] = round(time.perf_counter() - started, 1)
         suffix = "".join(c if c.isalnum() else "-" for c in args.match) if name == "peers" and args.match else ""
         (args.out / f"{name}{suffix}.json").write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")

@@ -175,7 +175,9 @@ def _arrow(x: float, y: float, *, down: bool = False) -> str:
 
 
 def _text(x: float, y: float, words: str, kind: str = "", turned: tuple[float, float] | None = None) -> str:
-    place = f'x="{x:g}" y="{y:g}"' if turned is None else f'transform="translate({turned[0]:g} {turned[1]:g})rotate(-90)"'
+    place = (
+        f'x="{x:g}" y="{y:g}"' if turned is None else f'transform="translate({turned[0]:g} {turned[1]:g})rotate(-90)"'
+    )
     return f'<text {place} class="{kind}">{escape(words)}</text>'
 
 

@@ -522,7 +522,7 @@ def test_not_enough_memory(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     def exhausted(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB")
 
-    monkeypatch.setattr("depthkv.cli.measure.bench", exhausted)
+    monkeypatch.setattr("depthkv.cli.bench.bench_grid", exhausted)
     assert run("bench", model) == 2
     err = capsys.readouterr().err
     assert "out of memory" in err and err.count("\n") == 1
@@ -534,7 +534,7 @@ def test_ctrl_c_exits_with_130(
     def stop(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("depthkv.cli.evaluate.read_squad", stop)
+    monkeypatch.setattr("depthkv.cli.evaluate.load", stop)
     assert run("evaluate", model, "--data", text, "--block-size", 32) == 130
     assert capsys.readouterr().err == "depthkv: interrupted\n"
 
@@ -543,7 +543,7 @@ def test_internal_errors_keep_their_traceback(model: Path, monkeypatch: pytest.M
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("depthkv.cli.measure.bench", fail)
+    monkeypatch.setattr("depthkv.cli.bench.bench_grid", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run("bench", model)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 from transformers import DynamicCache
 
 from depthkv import SharingPlan, share
+from depthkv.errors import DepthKVError
 from depthkv.evaluate.arms import Arm
-from depthkv.evaluate.text import read_text
+from depthkv.evaluate.text import PIECE, read_text
 from tiny import LAYERS, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -38,16 +41,30 @@ def full(model: Any) -> torch.Tensor:
     return losses(model, Arm(label="full"))
 
 
-def written(model: Any, cache: Any) -> list[int]:
-    row = model.generate(BLOCKS[:1, :20], past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=2)
-    return row[0, 20:].tolist()
+def written(model: Any, cache: Any) -> list[list[int]]:
+    """What two prompts of one length go on with."""
+    rows = model.generate(
+        BLOCKS[:2, :20],
+        attention_mask=torch.ones(2, 20, dtype=torch.long),
+        past_key_values=cache,
+        max_new_tokens=40,
+        do_sample=False,
+        pad_token_id=2,
+        eos_token_id=None,
+    )
+    return rows[:, 20:].tolist()
+
+
+@pytest.fixture
+def usual(model: Any) -> list[list[int]]:
+    return written(model, DynamicCache(config=model.config))
 
 
 class TestWindow:
-    def test_a_long_window_changes_nothing(self, model: Any, full: torch.Tensor) -> None:
-        arm = Arm(label="w", make_cache=lambda c: peers.window_cache(c, 48))
+    def test_a_long_window_changes_nothing(self, model: Any, full: torch.Tensor, usual: list[list[int]]) -> None:
+        arm = Arm(label="w", make_cache=lambda c: peers.window_cache(c, 60))
         assert torch.allclose(losses(model, arm), full, atol=1e-4)
-        assert written(model, peers.window_cache(model.config, 99)) == written(model, DynamicCache(config=model.config))
+        assert written(model, peers.window_cache(model.config, 60)) == usual
 
     def test_a_token_sees_sinks_and_the_latest(self, model: Any) -> None:
         """Token by token against attention with an explicit mask."""
@@ -65,54 +82,91 @@ class TestWindow:
             expected = model(input_ids=BLOCKS[:1, :30], attention_mask=mask, use_cache=False).logits[0]
         assert torch.allclose(torch.stack(steps), expected, atol=1e-4)
 
-    def test_bytes(self, model: Any) -> None:
-        arm = Arm(label="w", make_cache=lambda c: peers.window_cache(c, 0.5))
+    def test_text_is_generated_and_the_cache_stays_small(self, model: Any) -> None:
+        cache = peers.window_cache(model.config, 8)
+        rows = written(model, cache)
+        assert {len(row) for row in rows} == {40}
+        assert {layer.keys.shape[-2] for layer in cache.layers} == {8} and cache.get_seq_length() == 59
+
+    @pytest.mark.parametrize("window", [0.5, 24])
+    def test_bytes(self, window: float, model: Any) -> None:
+        arm = Arm(label="w", make_cache=lambda c: peers.window_cache(c, window))
         assert peers.measured_bytes(model, arm, 48) == peers.measured_bytes(model, Arm(label="full"), 48) / 2
+        assert peers.measured_bytes(model, arm, 48, batch=3) == 3 * peers.measured_bytes(model, arm, 48)
 
 
 class TestQuantised:
-    def test_numbers_come_back(self) -> None:
-        layer = peers.Int8Layer(nbits=8, q_group_size=64)
-        numbers = torch.randn(2, 3, 5, 64)
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_numbers_come_back(self, bits: int) -> None:
+        layer = peers.PackedLayer(nbits=bits, q_group_size=64)
+        numbers = torch.randn(2, 3, 5, 128)
         back = layer._dequantize(layer._quantize(numbers, 0))
-        span = numbers.amax(-1, keepdim=True) - numbers.amin(-1, keepdim=True)
-        assert ((back - numbers).abs() <= 0.51 * span / 255 + 1e-6).all()
-        even = torch.arange(256.0).repeat(4)[:256].view(1, 1, 4, 64)  # each group holds 64 whole numbers in a row
-        assert torch.allclose(layer._dequantize(layer._quantize(even, 0)), even, atol=0.2)
+        groups = numbers.unflatten(-1, (2, 64))
+        step = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**bits - 1)
+        assert ((back.unflatten(-1, (2, 64)) - groups).abs() <= 0.501 * step).all()
+        levels = torch.arange(64.0).remainder(2**bits)
+        levels[0], levels[-1] = 0, 2**bits - 1
+        levels = levels.expand(1, 1, 4, 64)
+        assert torch.allclose(layer._dequantize(layer._quantize(levels, 0)), levels, atol=1e-5)
+        equal = torch.full((1, 1, 2, 64), 3.0)
+        assert torch.allclose(layer._dequantize(layer._quantize(equal, 0)), equal)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_four_bits_are_those_of_quanto(self) -> None:
+        pytest.importorskip("optimum.quanto")
+        from transformers.cache_utils import QuantoQuantizedLayer
+
+        numbers = torch.randn(2, 3, 7, 64)
+        own, theirs = peers.PackedLayer(nbits=4), QuantoQuantizedLayer(nbits=4)
+        found = own._dequantize(own._quantize(numbers, 0))
+        assert torch.allclose(found, theirs._dequantize(theirs._quantize(numbers, 0)), atol=1e-5)
 
     @pytest.mark.parametrize(("bits", "bound"), [(8, 0.02), (4, 0.4)])
     def test_loss_and_bytes(self, bits: int, bound: float, model: Any, full: torch.Tensor) -> None:
-        if bits == 4:
-            pytest.importorskip("optimum.quanto")
         arm = Arm(label="q", make_cache=lambda c: peers.quantised_cache(c, bits))
         found = losses(model, arm)
         assert 0 < float((found - full).abs().max()) and abs(float(found.mean() - full.mean())) < bound
         model = model.to(torch.bfloat16)
-        share_of = peers.measured_bytes(model, arm, 512) / peers.measured_bytes(model, Arm(label="full"), 512)
-        # a scale and a zero of 16 bits for each group of 64
-        assert share_of == pytest.approx((bits + 0.5) / 16, rel=0.1)
-        assert len(written(model, peers.quantised_cache(model.config, bits))) > 0
+        assert {len(row) for row in written(model, peers.quantised_cache(model.config, bits))} == {40}
+        # a scale and a least number of 16 bits for each group of 64; the last token is not packed yet
+        vectors = 2 * LAYERS
+        expected = vectors * (511 * (64 * bits // 8 + 4) + 64 * 2)
+        assert peers.measured_bytes(model, arm, 512) == expected
 
 
 class TestMiniCache:
     def test_slerp_by_hand(self) -> None:
-        units = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-        assert torch.allclose(peers.merged_direction(units), torch.full((2,), 0.5**0.5))
+        angle = peers.TOWARDS_LATER * math.pi / 2
+        merged = peers.merged_direction(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        assert torch.allclose(merged, torch.tensor([math.cos(angle), math.sin(angle)]))
         same = torch.tensor([[0.6, 0.8], [0.6, 0.8]])
         assert torch.allclose(peers.merged_direction(same), same[0])
+        three = torch.eye(3)
+        assert torch.allclose(peers.merged_direction(three), torch.full((3,), 3**-0.5))
 
-    @pytest.mark.parametrize("size", [2, 4])
-    def test_equal_layers_lose_nothing(self, size: int) -> None:
+    @pytest.mark.parametrize("size", [1, 2, 4])
+    def test_equal_directions_lose_nothing(self, size: int) -> None:
         group = peers.Group(size)
-        for tokens in (40, 3):
+        pairs = []
+        for tokens in (40, 3, 1):
             keys, values = torch.randn(2, 2, 3, tokens, 8).unbind(0)
+            pairs.append((keys, values))
             for member in range(size):
                 group.pending[member] = (keys * (member + 1), values)
             group.merge()
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*pairs, strict=True))
         for member in range(size):
             restored = group.restore(member)
-            assert torch.allclose(restored[0][..., -3:, :], keys * (member + 1), atol=1e-5)
-            assert torch.allclose(restored[1][..., -3:, :], values, atol=1e-5)
+            assert torch.allclose(restored[0], keys * (member + 1), atol=1e-5)
+            assert torch.allclose(restored[1], values, atol=1e-5)
+
+    def test_norms_stay(self) -> None:
+        group = peers.Group(2)
+        group.pending = {i: (torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8)) for i in range(2)}
+        expected = {i: group.pending[i][0].norm(dim=-1) for i in range(2)}
+        group.merge()
+        for i in range(2):
+            assert torch.allclose(group.restore(i)[0].norm(dim=-1), expected[i], atol=1e-5)
 
     def test_unlike_tokens_are_kept(self) -> None:
         group = peers.Group(2)
@@ -124,18 +178,40 @@ class TestMiniCache:
         assert 7 in group.places[0].tolist() and group.places.shape == (1, 2)
         assert torch.allclose(group.restore(1)[0], other, atol=1e-5)
 
-    def test_groups_of_one_change_nothing(self, model: Any, full: torch.Tensor) -> None:
-        arm = Arm(label="m", make_cache=lambda c: peers.merged_cache(c, 1))
+    @pytest.mark.parametrize("piece", [1, 3, PIECE, 200])
+    def test_as_many_are_kept_however_the_tokens_come(self, piece: int) -> None:
+        group = peers.Group(2)
+        tokens = torch.randn(2, 2, 2, 1, 200, 8)
+        for part in tokens.split(piece, dim=-2):
+            group.pending = {i: (part[i, 0], part[i, 1]) for i in range(2)}
+            group.merge()
+        assert group.places.shape == (2, 200 * peers.KEPT)
+        for i in range(2):
+            index = group.places[:, None, :, None].expand(-1, 1, -1, 8)
+            assert torch.equal(group.restore(i)[0].gather(2, index), tokens[i, 0].gather(2, index))
+
+    def test_groups_of_one_change_nothing(self, model: Any, full: torch.Tensor, usual: list[list[int]]) -> None:
+        arm = Arm(label="m", make_cache=lambda c: peers.merged_cache(c, [1] * LAYERS))
         assert torch.allclose(losses(model, arm), full, atol=1e-4)
+        assert written(model, peers.merged_cache(model.config, [1] * LAYERS)) == usual
+
+    def test_groups_are_even(self) -> None:
+        assert peers.group_sizes(30, 15) == [2] * 15
+        assert peers.group_sizes(30, 8) == [3, 3, 4, 4, 4, 4, 4, 4]
+        assert peers.group_sizes(4, 4) == [1] * 4
 
     def test_bytes(self, model: Any) -> None:
         whole = peers.measured_bytes(model, Arm(label="full"), 200)
-        for size in (2, 4):
-            arm = Arm(label="m", make_cache=lambda c, g=size: peers.merged_cache(c, g))
-            # one direction for the group, a norm for each vector, the kept share as it was, its places
-            expected = 1 / size + 1 / 64 + peers.KEPT
-            assert peers.measured_bytes(model, arm, 200) / whole == pytest.approx(expected, rel=0.05)
-        assert len(written(model, peers.merged_cache(model.config, 2))) > 0
+        for sizes in ([2, 2], [4]):
+            arm = Arm(label="m", make_cache=lambda c, s=sizes: peers.merged_cache(c, s))
+            # one direction for the group, a norm for each vector, the kept share as it was, and its places
+            expected = whole * (len(sizes) / LAYERS + 1 / 64 + peers.KEPT) + len(sizes) * 8 * 200 * peers.KEPT
+            assert peers.measured_bytes(model, arm, 200) == pytest.approx(expected)
+            assert {len(row) for row in written(model, peers.merged_cache(model.config, sizes))} == {40}
+
+    def test_refuses_groups_of_other_layers(self, model: Any) -> None:
+        with pytest.raises(DepthKVError, match="groups of 4 layers in all, got 3"):
+            peers.merged_cache(model.config, [2, 1])
 
 
 class TestKVSharer:
@@ -145,6 +221,46 @@ class TestKVSharer:
         plan, _ = peers.kvsharer_plan(model, BLOCKS, 1)
         # the last layer of a pair reads the first one: layer 1 is the far one of every pair
         assert plan.followers[0] == 1 or plan.kv_source_layers[plan.followers[0]] == 1
+
+    def test_against_a_slow_search(self, model: Any) -> None:
+        """The rule once more, step by step, with the whole model's hidden states."""
+        with torch.no_grad():
+            cache = model(BLOCKS, use_cache=True).past_key_values
+            means = [torch.cat([part.mean(0).flatten() for part in (lay.keys, lay.values)]) for lay in cache.layers]
+            expected = model(BLOCKS, output_hidden_states=True, use_cache=False).hidden_states[-1]
+            distance = {
+                (i, j): float(torch.dist(means[i], means[j])) for i, j in itertools.combinations(range(LAYERS), 2)
+            }
+            reads: dict[int, int] = {}
+            for i, j in sorted(distance, key=lambda pair: -distance[pair]):
+                if j in reads or len(reads) == 2:
+                    continue
+                trial = {**reads, j: i}
+                sources = list(range(LAYERS))
+                for layer in range(LAYERS):
+                    while sources[layer] in trial:
+                        sources[layer] = trial[sources[layer]]
+                with share(model, SharingPlan(sources)):
+                    found = model(BLOCKS, output_hidden_states=True, use_cache=False).hidden_states[-1]
+                rows = zip(found.flatten(1), expected.flatten(1), strict=True)
+                alike = [torch.cosine_similarity(a, b, dim=0) for a, b in rows]
+                if float(torch.stack(alike).mean()) > peers.THRESHOLD:
+                    reads, kept = trial, sources
+        assert len(reads) == 2
+        assert peers.kvsharer_plan(model, BLOCKS, 2) == (SharingPlan(kept), True)
+
+    def test_likeness_is_that_of_whole_blocks(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(peers, "THRESHOLD", -1.0)
+        first, _ = peers.kvsharer_plan(model, BLOCKS, 1)
+        with torch.no_grad():
+            expected = model(BLOCKS, output_hidden_states=True).hidden_states[-1].flatten(1)
+            with share(model, first):
+                found = model(BLOCKS, output_hidden_states=True).hidden_states[-1].flatten(1)
+        alike = float(torch.cosine_similarity(found, expected, dim=1).mean())
+        monkeypatch.setattr(peers, "THRESHOLD", alike - 1e-4)
+        assert peers.kvsharer_plan(model, BLOCKS, 1) == (first, True)
+        monkeypatch.setattr(peers, "THRESHOLD", alike + 1e-4)
+        assert peers.kvsharer_plan(model, BLOCKS, 1) != (first, True)
 
     @pytest.mark.parametrize("num_shared", [0, 1, 2, 3])
     def test_shares_as_many_as_asked(self, model: Any, num_shared: int) -> None:
@@ -156,8 +272,12 @@ class TestKVSharer:
     def test_says_when_the_threshold_is_given_up(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peers, "THRESHOLD", 0.9999999)
         assert peers.kvsharer_plan(model, BLOCKS, 3)[1] is False
-        monkeypatch.setattr(peers, "THRESHOLD", 1e-9 - 1)
-        assert peers.kvsharer_plan(model, BLOCKS, 0)[1] is True
+        monkeypatch.setattr(peers, "THRESHOLD", -1.0)
+        assert peers.kvsharer_plan(model, BLOCKS, 3)[1] is True
+
+    def test_refuses_to_share_the_first_layer(self, model: Any) -> None:
+        with pytest.raises(DepthKVError, match="at most 3 layers to share, got 4"):
+            peers.kvsharer_plan(model, BLOCKS, 4)
 
 
 class TestShallower:
@@ -172,19 +292,47 @@ class TestShallower:
         assert torch.allclose(losses(model, arm), full, atol=1e-5)
         assert peers.measured_bytes(model, arm, 48) == 0.75 * peers.measured_bytes(model, Arm(label="full"), 48)
 
+    def test_is_a_model_of_the_other_layers(self, model: Any, usual: list[list[int]]) -> None:
+        smaller = tiny_model(**SIZES, num_hidden_layers=2)
+        weights = model.state_dict()
+        smaller.load_state_dict(
+            {name: weights[name.replace("layers.1.", "layers.3.")] for name in smaller.state_dict()}
+        )
+        with peers.without_layers(model, [1, 2]):
+            assert torch.allclose(losses(model, Arm(label="s")), losses(smaller, Arm(label="s")), atol=1e-5)
+            assert written(model, None) == written(smaller, None)
+        assert written(model, None) == usual
+
     def test_restores(self, model: Any, full: torch.Tensor) -> None:
         arm = peers.shallower(model, BLOCKS, 2, "s")
         assert not torch.allclose(losses(model, arm), full, atol=1e-2)
         assert torch.equal(losses(model, Arm(label="full")), full)
+        assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            return type(model.model.layers[3]).forward(model.model.layers[3], *args, **kwargs)
+
+        model.model.layers[3].forward = hooked
+        with pytest.raises(RuntimeError), peers.without_layers(model, [2, 3]):
+            raise RuntimeError
+        assert model.model.layers[3].forward is hooked and "forward" not in vars(model.model.layers[2])
 
 
-def test_all_arms_run(model: Any) -> None:
-    pytest.importorskip("optimum.quanto")
-    model = model.to(torch.bfloat16)
+def test_all_arms_run() -> None:
+    model = tiny_model(**SIZES, num_hidden_layers=12).to(torch.bfloat16)
     found = peers.equal_bytes_arms(model, BLOCKS)
-    whole = peers.measured_bytes(model, Arm(label="full", plan=SharingPlan.full(LAYERS)), 256)
+    whole = peers.measured_bytes(model, Arm(label="full", plan=SharingPlan.full(12)), 512)
     for fraction, arms in found.items():
         assert len({arm.label for arm in arms}) == len(arms) == 5
         for arm in arms:
             assert torch.isfinite(losses(model, arm)).all()
-            assert peers.measured_bytes(model, arm, 256) / whole == pytest.approx(fraction, rel=0.35), arm.label
+            # with the scales of their groups, codes of 4 bits take 4.5
+            bound = 0.14 if "4 bits" in arm.label else 0.1
+            assert peers.measured_bytes(model, arm, 512) / whole == pytest.approx(fraction, rel=bound), arm.label
+
+
+def test_a_window_for_one_context() -> None:
+    model = tiny_model(**SIZES)
+    arm = next(arm for arm in peers.equal_bytes_arms(model, BLOCKS, tokens=64)[0.25] if "window" in arm.label)
+    assert arm.make_cache is not None
+    assert {layer.window for layer in arm.make_cache(model.config).layers} == {16}

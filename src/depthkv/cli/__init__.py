@@ -9,17 +9,20 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import typer
 
+from depthkv.cli.bench import bench_command
 from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
-from depthkv.cli.measure import bench_command, generate_command, inspect_command
+from depthkv.cli.measure import generate_command, inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.report import report_command
 from depthkv.cli.train import adapt_command
 from depthkv.errors import DepthKVError
+from depthkv.evaluate.run import SUITES
 
 __all__ = ["app", "main"]
 
@@ -27,6 +30,10 @@ __all__ = ["app", "main"]
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size")}
+_SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
+"""Options that may be followed by several values where a command takes them more than once, and what those look like:
+the argument after them could be MODEL."""
 
 app = typer.Typer(
     name="depthkv",
@@ -44,6 +51,18 @@ app.command("generate", short_help="Text, and the size of its cache.")(generate_
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
 
 
+def _repeatable_options() -> dict[str, set[str]]:
+    """By command."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: {option for p in command.params if getattr(p, "multiple", False) for option in p.opts}
+        for name, command in group.commands.items()
+    }
+
+
+_REPEATABLE = _repeatable_options()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -52,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _quiet_libraries()
     remember_command(sys.argv[1:] if argv is None else argv)
-    arguments = _spread_retentions(sys.argv[1:] if argv is None else argv)
+    arguments = _spread_values(sys.argv[1:] if argv is None else argv)
     try:
         code = app(args=arguments or ["--help"], prog_name="depthkv", standalone_mode=False)
     except DepthKVError as error:
@@ -77,19 +96,20 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _spread_retentions(arguments: Sequence[str]) -> list[str]:
-    """`--retention 1 .5 .33` as one option per number, which is what the parser knows."""
+def _spread_values(arguments: Sequence[str]) -> list[str]:
+    """`--retention 1 .5 .33` as one option per value, which is what the parser knows."""
+    repeatable = _REPEATABLE.get(arguments[0], set()) if arguments else set()
     spread: list[str] = []
-    taking = False
+    taking = ""
     for i, argument in enumerate(arguments):
         if argument == "--":
             return spread + list(arguments[i:])
-        if taking and (_NUMBER.fullmatch(argument) or arguments[i - 1] == "--retention"):
-            spread.append(f"--retention={argument}")
-        elif argument == "--retention" and i + 1 < len(arguments):
-            taking = True
+        if taking and (arguments[i - 1] == taking or _SEVERAL[taking].fullmatch(argument)):
+            spread.append(f"{taking}={argument}")
+        elif argument in _SEVERAL and argument in repeatable and i + 1 < len(arguments):
+            taking = argument
         else:
-            taking = False
+            taking = ""
             spread.append(argument)
     return spread
 

@@ -96,7 +96,7 @@ def evaluate_command(
     asked = _questions(questions)
     texts = {name: inputs.held_out_documents(name, all_text) for name in dict.fromkeys(data)}
     with waiting(f"loading {model}"):
-        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
+        loaded, tokenizer, own = load(model, dtype=dtype, device=device, progress=show)
         work = _prepare(tokenizer, texts, settings, asked, all_text)
     # every figure is compared with the full cache's, so that is measured whether or not it was asked for
     full = SharingPlan.full(len(kinds))
@@ -119,6 +119,8 @@ def evaluate_command(
         "command": command_line(),
         "rows": [measured[plan] for plan in plans],
     }
+    if own is not None and own.provenance:
+        figures["recipe"] = dict(own.provenance)
     if full not in plans:
         figures["full_cache"] = measured[full]
     write_json(json_file, figures)

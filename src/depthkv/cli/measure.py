@@ -1,18 +1,16 @@
-"""Commands that leave the model as it is: inspect, evaluate, generate, bench."""
+"""Commands that leave the model as it is: inspect and generate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from depthkv.bench import ARMS, BenchConfig, BenchResult, bench
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
-from depthkv.cli.output import console, json_line, progress_bar, show, table, waiting, write_json
+from depthkv.cli.output import console, show, table, waiting, write_json
 from depthkv.errors import DepthKVError
 from depthkv.inspect_model import Inspection, default_plans, inspect_model, layer_ranges
 from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
@@ -190,72 +188,3 @@ def _generation_settings(model: Any, tokenizer: Any, temperature: float) -> Any:
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return settings
-
-
-def bench_command(
-    model: inputs.Model,
-    plan: inputs.PlanFile = None,
-    retention: inputs.Retention = None,
-    prompt_tokens: Annotated[int, option("--prompt-tokens", count, "N", "Tokens of the prompt.")] = 1024,
-    new_tokens: Annotated[int, option("--new-tokens", count, "N", "Tokens to write, 2 or more.")] = 64,
-    repeats: Annotated[int, option("--repeats", count, "N", "Measured runs of each arm.")] = 5,
-    batch_size: Annotated[int, option("--batch-size", count, "N", "Sequences decoded together.")] = 1,
-    seed: inputs.Seed = 0,
-    dtype: inputs.Dtype = "auto",
-    device: inputs.Device = "auto",
-    json_file: inputs.Json = None,
-) -> None:
-    """Time to first token, decoding speed and memory, with the full and the shared cache in turns.
-
-    Without --plan or --retention, the checkpoint's own plan is measured, or every second layer.
-    """
-    inputs.refuse_both(plan, retention)
-    if new_tokens < 2:
-        raise DepthKVError(f"--new-tokens: expected at least 2, got {new_tokens}: decoding starts with the second")
-    settings = BenchConfig(
-        prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats, batch_size=batch_size, seed=seed
-    )
-    config, kinds = inputs.read_config(model)
-    with naming(model):
-        chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
-        inputs.require_positions(config, prompt_tokens + new_tokens, "--prompt-tokens and --new-tokens together")
-    with waiting(f"loading {model}"):
-        loaded, _, _ = load(model, dtype=dtype, device=device, progress=show)
-    with naming(model), progress_bar("measuring", 2 * (repeats + 1)) as advance:
-        result = bench(loaded, chosen, settings, advance)
-    figures = {"model": model, **result.to_dict()}
-    write_json(json_file, figures)
-    _show_bench(model, result)
-    print(json_line(figures))
-
-
-def _show_bench(model: str, result: BenchResult) -> None:
-    formats: dict[str, tuple[str, Callable[[float], str]]] = {
-        "ttft_s": ("time to first token", lambda value: f"{value:.3f} s"),
-        "decode_tokens_per_s": ("decoding", lambda value: f"{value:.2f} tok/s"),
-        "cache_bytes": ("cache at the end", format_bytes),
-        "peak_bytes": ("peak memory", format_bytes),
-        "peak_above_start_bytes": ("of it for the run", format_bytes),
-    }
-    rows = []
-    for field, (name, shown) in formats.items():
-        row = [name]
-        for arm in ARMS:
-            median, spread = result.median(arm, field), result.spread(arm, field)
-            if median is None or spread is None:
-                row.append("not measured")
-            elif spread[0] == spread[1]:
-                row.append(shown(median))
-            else:
-                row.append(f"{shown(median)} ({shown(spread[0])} to {shown(spread[1])})")
-        ratio = result.ratio(field)
-        rows.append([*row, "" if ratio is None else f"{ratio:.3f}x"])
-    config, plan = result.config, result.plan
-    kept = f"{len(plan.leaders)} of {plan.num_layers} layers kept"
-    machine = f"{result.machine['device']}, {result.machine['threads']} threads, {result.machine['dtype']}"
-    out = console()
-    out.print(
-        f"{model}: {config.prompt_tokens} + {config.new_tokens} tokens, batch {config.batch_size}, {machine}",
-        markup=False,
-    )
-    out.print(table(["median (range)", "full", f"shared: {kept}", "shared / full"], rows))

@@ -14,6 +14,7 @@ Benches = Mapping[str, BenchFigures]
 
 _FIELDS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("ttft_s", "time to first token", "lower is better", lambda value: f"{value:.3g} s"),
+    ("itl_s", "between tokens", "lower is better", lambda value: f"{value * 1000:.3g} ms"),
     ("decode_tokens_per_s", "decoding", "higher is better", lambda value: f"{value:,.4g} tok/s"),
     ("cache_bytes", "cache at the end", "lower is better", format_bytes),
     ("peak_bytes", "peak memory", "lower is better", format_bytes),
@@ -60,7 +61,7 @@ def _chart(benches: Benches, field: str, name: str, better: str, shown: Callable
                 ratio = "" if arm == "full" else f", {_ratio(cell, arm, field)}"
                 items.append(
                     Item(
-                        label=_arm(bench, arm),
+                        label=_arm(cell, arm),
                         value=found.value / full.value,
                         low=found.low / full.value,
                         high=found.high / full.value,
@@ -90,26 +91,24 @@ def _table(benches: Benches) -> Table:
                     notes = [_range(fields[field], shown)]
                     notes += [] if arm == "full" else [_ratio(cell, arm, field)]
                     cells.append(Cell(text=shown(fields[field].value), notes=tuple(note for note in notes if note)))
-                rows.append(Row(heading=_arm(bench, arm), cells=tuple(cells)))
+                rows.append(Row(heading=_arm(cell, arm), cells=tuple(cells)))
     names = headings("arm", *(name for _, name, _, _ in columns))
     return Table(caption="Medians, ranges and ratios", headings=names, rows=tuple(rows))
 
 
 def _roofline(benches: Benches) -> Table | None:
     """Whatever figures of the roofline the files have, by their keys."""
-    cells = [
-        (_place(benches, label, bench, cell), bench, cell) for label, bench in benches.items() for cell in bench.cells
-    ]
-    keys = list(dict.fromkeys(key for _, _, cell in cells for figures in cell.roofline.values() for key in figures))
+    cells = [(_place(benches, label, bench, cell), cell) for label, bench in benches.items() for cell in bench.cells]
+    keys = list(dict.fromkeys(key for _, cell in cells for figures in cell.roofline.values() for key in figures))
     if not keys:
         return None
     rows: list[Row] = []
-    for place, bench, cell in cells:
+    for place, cell in cells:
         if cell.roofline:
             rows.append(Row(heading=place))
         for arm, figures in cell.roofline.items():
             shown = tuple(Cell(text=_figure(key, figures[key]) if key in figures else "") for key in keys)
-            rows.append(Row(heading=_arm(bench, arm), cells=shown))
+            rows.append(Row(heading=_arm(cell, arm), cells=shown))
     names = headings("arm", *(key.replace("_", " ") for key in keys))
     return Table(caption="Beside what the hardware allows (roofline)", headings=names, rows=tuple(rows))
 
@@ -121,10 +120,10 @@ def _place(benches: Benches, label: str, bench: BenchFigures, cell: BenchCell) -
     return where if len(benches) == 1 else f"{label}: {where}"
 
 
-def _arm(bench: BenchFigures, arm: str) -> str:
+def _arm(cell: BenchCell, arm: str) -> str:
     if arm == "full":
         return "full cache"
-    return f"shared, {per_cent(bench.retention)} of layers" if arm == "shared" and bench.retention is not None else arm
+    return f"shared, {per_cent(cell.retention)} of layers" if arm == "shared" and cell.retention is not None else arm
 
 
 def _ratio(cell: BenchCell, arm: str, field: str) -> str:
