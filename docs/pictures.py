@@ -30,7 +30,8 @@ text { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-s
 .soft { fill: var(--soft); font-size: 13px } .title { font-weight: 600 } .on { fill: var(--on); font-weight: 600 }
 .middle { text-anchor: middle } .end { text-anchor: end }
 .layer { fill: var(--layer); stroke: var(--line); stroke-width: 1.5 }
-.keep { fill: var(--keep); stroke: var(--keep); stroke-width: 1.5 } .work { fill: var(--work) } .idle { fill: var(--idle) }
+.keep { fill: var(--keep); stroke: var(--keep); stroke-width: 1.5 }
+.work { fill: var(--work) } .idle { fill: var(--idle) }
 .read { fill: none; stroke: var(--read); stroke-width: 1.8 } .head { fill: var(--read) }
 .own { fill: none; stroke: var(--keep); stroke-width: 1.8 }
 """
