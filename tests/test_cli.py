@@ -244,6 +244,26 @@ def test_adapt_has_options(more: tuple[object, ...], model: Path, text: Path, tm
     assert load(tmp_path / "out")[2] == HALF
 
 
+def test_adapt_trains_and_measures_on_every_text(model: Path, text: Path, tmp_path: Path) -> None:
+    other = written(tmp_path / "other.txt", text.read_text().upper())
+    losses = []
+    for texts in ((text,), (other,), (text, other, text)):
+        more = [part for name in texts[1:] for part in ("--data", name)]
+        assert adapt(model, texts[0], tmp_path / "out", "--tokens", 64, *more, "--json", tmp_path / "o.json") == 0
+        found = figures(tmp_path / "o.json")
+        assert found["data"] == [str(name) for name in dict.fromkeys(texts)]
+        losses.append(found["rows_before"][0]["loss"])
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-5)
+
+
+def test_adapt_names_the_text_that_is_too_short(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = written(tmp_path / "other.txt", "a b c")
+    assert adapt(model, text, tmp_path / "out", "--tokens", 64, "--data", other) == 2
+    assert "other.txt" in capsys.readouterr().err
+
+
 def test_dry_run_estimates_and_writes_nothing(
     model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,14 +33,7 @@ def suite_name(text: str) -> str:
 
 def evaluate_command(
     model: inputs.Model,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="DATA...",
-            help="Text: files, folders or builtin:anarchism, builtin:brown, builtin:fallback; each is a kind of text.",
-        ),
-    ],
+    data: inputs.Texts,
     plan: inputs.PlanFile = None,
     retention: inputs.Retentions = None,
     suite: Annotated[

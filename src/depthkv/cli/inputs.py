@@ -126,10 +126,12 @@ Model = Annotated[
         metavar="MODEL", help="Hub id, folder, .gguf file, builtin:smollm2-135m or builtin:smollm2-135m-depthkv."
     ),
 ]
-Data = Annotated[
-    str,
+Texts = Annotated[
+    list[str],
     typer.Option(
-        "--data", metavar="DATA", help="Text: a file, a folder or builtin:anarchism, builtin:brown, builtin:fallback."
+        "--data",
+        metavar="DATA...",
+        help="Text: files, folders or builtin:anarchism, builtin:brown, builtin:fallback; each is a kind of text.",
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]

@@ -19,7 +19,7 @@ from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, waiting, write_json
-from depthkv.data import resolve_data, split_documents, token_blocks
+from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.evaluate.qa import QAScores, evaluate_qa
@@ -49,7 +49,7 @@ class _Task:
 
 def adapt_command(
     model: inputs.Model,
-    data: inputs.Data,
+    data: inputs.Texts,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapted checkpoint.")],
     plan: inputs.PlanFile = None,
     retention: inputs.Retention = None,
@@ -152,7 +152,7 @@ def adapt_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate memory and time.")] = False,
     seed: inputs.Seed = 0,
     blocks: Annotated[
-        int, option("--blocks", count_or_none, "N", "Held-out blocks (or questions) to measure; 0 for none.")
+        int, option("--blocks", count_or_none, "N", "Held-out blocks of each text (or questions) to measure; 0: none.")
     ] = 8,
     device: inputs.Device = "auto",
     json_file: inputs.Json = None,
@@ -218,6 +218,7 @@ def adapt_command(
         inputs.require_positions(config, block_size, "--block-size")
     with naming("--sampler"):
         chosen_sampler = _sampler(sampler, chosen, recipe, equal_cache is not None)
+    data = list(dict.fromkeys(data))
     with waiting(f"loading {model}"):
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, recipe, blocks)
@@ -261,7 +262,7 @@ def adapt_command(
         if not inputs.is_main_process():
             return
         after = curve("after", result.model)
-    provenance = {"made_by": "depthkv adapt", "base_model": model, "data": data, "tokens": result.tokens}
+    provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
     if is_adapter:
         local = str(Path(model).resolve()) if Path(model).exists() else model
@@ -307,7 +308,7 @@ def _parse_mix(text: str) -> tuple[tuple[float, float], ...]:
         raise DepthKVError(f"expected --best-mix such as 1:1,.5:2, got {text!r}") from None
 
 
-def _model(name: str, data: str, is_new: bool, num_layers: int | None, device: str, seed: int) -> tuple[Any, Any]:
+def _model(name: str, data: list[str], is_new: bool, num_layers: int | None, device: str, seed: int) -> tuple[Any, Any]:
     # one device for each process: the optimizer's state lies where the weights are
     single = inputs.process_device() if device == "auto" else device
     if not is_new:
@@ -318,27 +319,38 @@ def _model(name: str, data: str, is_new: bool, num_layers: int | None, device: s
     try:
         tokenizer = load_tokenizer(name)
     except CheckpointError:
-        with naming(data):
-            documents = split_documents(resolve_data(data, progress=show))[0]
+        documents = [document for name in data for document in _split(name)[0]]
         tokenizer = train_tokenizer(documents, inputs.read_config(name)[0].get_text_config().vocab_size)
     return from_config(name, num_layers=num_layers, seed=seed).to(single), tokenizer
 
 
-def _read_task(task: str, data: str, tokenizer: Any, recipe: AdaptConfig, blocks: int) -> _Task:
-    with naming(data):
-        if task == "text":
-            training, held_out = split_documents(resolve_data(data, progress=show))
-            train_blocks = token_blocks(training, tokenizer, recipe.block_size)
-            test = spread_blocks(token_blocks(held_out, tokenizer, recipe.block_size), blocks) if blocks else None
-            return _Task(examples=train_blocks, blocks=test)
-        if recipe.eval_every is not None:
-            raise DataError("expected --eval-every with --task text, got --task qa")
-        questions, held = split_articles(read_squad(data), seed=recipe.seed)
+def _split(name: str) -> tuple[list[Document], list[Document]]:
+    with naming(name):
+        return split_documents(resolve_data(name, progress=show))
+
+
+def _read_task(task: str, data: list[str], tokenizer: Any, recipe: AdaptConfig, blocks: int) -> _Task:
+    if task == "text":
+        training: list[torch.Tensor] = []
+        test: list[torch.Tensor] = []
+        for name in data:
+            documents, held_out = _split(name)
+            with naming(name):
+                training.append(token_blocks(documents, tokenizer, recipe.block_size))
+                if blocks:
+                    test.append(spread_blocks(token_blocks(held_out, tokenizer, recipe.block_size), blocks))
+        return _Task(examples=torch.cat(training), blocks=torch.cat(test) if test else None)
+    if recipe.eval_every is not None:
+        raise DataError("expected --eval-every with --task text, got --task qa")
+    if len(data) > 1:
+        raise DataError(f"expected one file of questions, got {' '.join(data)}")
+    with naming(data[0]):
+        questions, held = split_articles(read_squad(data[0]), seed=recipe.seed)
         examples = encode(questions, tokenizer, max_tokens=min(_MAX_QA_TOKENS, recipe.block_size), seed=recipe.seed)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        stride = max(1, len(held) // blocks) if blocks else len(held)
-        chosen = held[::stride][:blocks] if blocks else []
-        return _Task(examples=examples, blocks=None, questions=chosen, collate=lambda rows: collate(rows, pad))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    stride = max(1, len(held) // blocks) if blocks else len(held)
+    chosen = held[::stride][:blocks] if blocks else []
+    return _Task(examples=examples, blocks=None, questions=chosen, collate=lambda rows: collate(rows, pad))
 
 
 def _show_estimate(loaded: Any, work: _Task, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
