@@ -1,0 +1,127 @@
+"""Tables of docs/results.md, made from the raw figures in docs/raw.
+
+    python benchmarks/tables.py docs/results.md      # rewrites what lies between its `table:` markers
+
+A marker is `<!-- table:NAME -->`, the end `<!-- /table -->`, and NAME a function of `TABLES` below.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
+GROUPS = {
+    "untrained": "untrained, ",
+    "peers": "",
+    "default": "default recipe, ",
+    "adapter": "shipped adapter, ",
+}
+"""Files of benchmarks/compare.py, in the order of the table, and what their labels begin with."""
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RAW / name).read_text(encoding="utf-8").splitlines()]
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval(score: dict[str, Any] | None, digits: int = 1) -> str:
+    if score is None:
+        return ""
+    shown = f"{score['value']:.{digits}f}"
+    if score.get("low") is not None and score["low"] != score["high"]:
+        shown += f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
+    return shown
+
+
+def arms() -> list[tuple[str, dict[str, Any]]]:
+    """Label and row of every arm of the comparison, the common full cache once."""
+    found, full_seen = [], False
+    order = list(GROUPS)
+    for figures in sorted(read("compare.jsonl"), key=lambda f: (order.index(f["group"]), f["command"])):
+        for row in figures["rows"]:
+            is_full, group = row["label"] == "full cache", figures["group"]
+            if is_full and group != "default":  # the same model, or one whose adapter is off
+                if not full_seen:
+                    found.append(("full cache", row))
+                full_seen = True
+                continue
+            found.append((GROUPS[group] + row["label"], row))
+    return found
+
+
+def comparison() -> str:
+    rows = []
+    for label, row in arms():
+        cells = [label, f"{row['cache_fraction']:.3f}", interval(row["loss_score"], 2)]
+        cells += [interval(row["agreement"]["top1"]), interval(row["qa"]["f1"]), interval(row["retrieval"]["score"])]
+        rows.append(cells)
+    return table(["cache", "bytes", "loss", "top-1, %", "F1, %", "retrieval, %"], rows)
+
+
+def comparison_texts() -> str:
+    names = [text["data"] for text in arms()[0][1]["texts"]]
+    documents = [str(text["documents"]) for text in arms()[0][1]["texts"]]
+    headings = [f"{name.removeprefix('builtin:')} ({count})" for name, count in zip(names, documents, strict=True)]
+    rows = [[label, *(interval(text["loss"], 2) for text in row["texts"])] for label, row in arms()]
+    return table(["cache", *headings], rows)
+
+
+def positions() -> str:
+    """How much more than the full cache each arm loses, by position, over the kinds of text."""
+    wanted = ("default recipe", "shipped adapter", "StreamingLLM", "quantised")
+    rows, headings = [], []
+    for label, row in arms():
+        if not label.startswith(wanted) or label.endswith("full cache"):
+            continue
+        for text in row["texts"]:
+            if not label.startswith("shipped adapter") or text["data"] == "builtin:anarchism":
+                headings = [f"{p['first']}-{p['last']}" for p in text["positions"]]
+                cells = [f"{p['loss']['difference']:+.2f}" for p in text["positions"]]
+                rows.append([label, text["data"].removeprefix("builtin:"), *cells])
+    return table(["cache", "text", *(f"tokens {heading}" for heading in headings)], rows)
+
+
+def qa() -> str:
+    runs = {run["method"]: run for run in read("qa.jsonl")}
+    order = ["r-cla", "cla@2", "cla@4", "rd-cla@2", "rd-cla@4", "leader-subset", "base"]
+    rows = []
+    for name in order:
+        run = runs[name]
+        cells = [f"{s['f1']:.1f} / {s['exact_match']:.1f} / {s['rouge_l']:.1f}" for s in run["scores"]]
+        rows.append([name, *cells, f"{run['train_loss']:.2f}"])
+    return table(["fine-tuned by", "100 %", "50 %", "25 % (8 of 30)", "training loss"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "comparison": comparison,
+    "comparison-texts": comparison_texts,
+    "positions": positions,
+    "qa": qa,
+}
+
+
+def fill(document: str) -> str:
+    """The document with every marked table made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- /table -->", made, document, flags=re.DOTALL)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
