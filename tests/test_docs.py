@@ -184,7 +184,9 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(depthkv.data, "fetch_text", lambda name, progress=None: folder / "text")
         plan = SharingPlan.every(2, LAYERS)
         adapted = add_adapter(load("builtin:smollm2-135m")[0], LoraSettings(rank=2))
-        save_adapter(folder / "smollm2-135m-depthkv", adapted, base="builtin:smollm2-135m", plan=plan)
+        save_adapter(
+            folder / "smollm2-135m-depthkv", adapted, base="builtin:smollm2-135m", plan=plan, provenance={"steps": 3}
+        )
         yield folder
 
 
@@ -324,3 +326,57 @@ def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     for path in (tmp_path / "site").rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=\"?(https?:[^\s\">]+)", path.read_text())
         assert not loaded, f"{path.name} loads {loaded}"
+
+
+# JSON
+
+
+def documented(heading: str) -> set[str]:
+    """The keys that docs/json.md lists under a heading."""
+    section = (ROOT / "docs" / "json.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.split("| key of S |")[0].splitlines() if line.startswith("|")]
+    return {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
+
+
+def keys_of(value: Any, path: str = "", whole: tuple[str, ...] = ()) -> set[str]:
+    """The paths of all figures; scores and the objects named in `whole` count as one."""
+    if path in whole or (isinstance(value, dict) and "difference_low" in value):
+        return {path}
+    if isinstance(value, dict):
+        return {p for key, inner in value.items() for p in keys_of(inner, f"{path}.{key}".lstrip("."), whole)}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {p for inner in value for p in keys_of(inner, f"{path}[]", whole)}
+    return {path}
+
+
+def test_evaluation_has_the_documented_keys(here: Path) -> None:
+    arguments = quick(shlex.split("evaluate adapted --data my-text --suite all --questions squad.json --json e.json"))
+    assert main(arguments) == 0
+    found = keys_of(json.loads(Path("e.json").read_text()), whole=("environment", "recipe", "full_cache"))
+    assert found | {"rows[]"} == documented("evaluate")
+
+
+def test_bench_has_the_documented_keys(here: Path) -> None:
+    assert main(quick(shlex.split("bench adapted --retention .5 --prompt-tokens 8 --repeats 1 --json b.json"))) == 0
+    figures = json.loads(Path("b.json").read_text())
+    for cell in figures["cells"]:
+        assert set(cell["arms"]) == {"full", "shared"} and cell["arms"].keys() == cell["roofline"].keys()
+        for name, value in cell.items():
+            assert name == "roofline" or figures[name] == value  # the first cell stands at the top level, too
+        cell["arms"] = {"*": {key: value for key, value in cell["arms"]["full"].items() if key[-4:] not in _SPREAD}}
+        assert set(cell["ratios"]) == set(cell["arms"]["*"])
+        cell["roofline"] = {"*": cell["roofline"]["full"]}
+    top = {key for key in figures if key not in figures["cells"][0]}
+    found = keys_of({key: figures[key] for key in top}, whole=("environment", "cells[].ratios"))
+    assert found | {"cells[].arms.*.out_of_memory"} == documented("bench")
+
+
+_SPREAD = ("_min", "_max")
+
+
+def test_tables_are_those_of_the_raw_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import tables
+
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert page.count("<!-- table:") == len(tables.TABLES) and tables.fill(page) == page
