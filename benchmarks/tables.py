@@ -101,11 +101,31 @@ def qa() -> str:
     return table(["fine-tuned by", "100 %", "50 %", "25 % (8 of 30)", "training loss"], rows)
 
 
+def bench() -> str:
+    """Every cell of the grid."""
+    (run,) = (run for run in read("bench.jsonl") if run["run"] == "grid")
+    rows = []
+    for cell in run["cells"]:
+        full, limit = cell["arms"]["full"], cell["roofline"]
+        cells = [f"{len(cell['leaders'])} of 30", f"{cell['prompt_tokens']:,} x {cell['batch_size']}"]
+        cells += [f"{full['ttft_s']:.2f} s", f"{cell['ratios']['ttft_s']:.3f}x"]
+        cells += [f"{full['itl_s'] * 1000:.0f} ms", f"{cell['ratios']['itl_s']:.3f}x"]
+        cells += [f"{full['cache_bytes'] / 2**20:.1f} MiB", f"{cell['ratios']['cache_bytes']:.3f}x"]
+        cells += [f"{cell['ratios']['peak_above_start_bytes']:.2f}x"]
+        for phase in ("prefill", "decode"):
+            cells.append(f"{limit['full'][f'{phase}_share']:.0%} / {limit['shared'][f'{phase}_share']:.0%}")
+        rows.append(cells)
+    headings = ["layers kept", "prompt x batch", "TTFT, full", "shared", "between tokens, full", "shared"]
+    headings += ["cache, full", "shared", "memory of the run", "prompt, of the limit", "decoding, of the limit"]
+    return table(headings, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "comparison-texts": comparison_texts,
     "positions": positions,
     "qa": qa,
+    "bench": bench,
 }
 
 
