@@ -146,10 +146,11 @@ class TestOutOfMemory:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 99 bytes."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     )
 
-    @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "windows", "python"])
+    @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "windows", "cublas", "python"])
     def test_the_grid_goes_on(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         tried = exhaust(monkeypatch, error, arms={"full"}, prompt_tokens=16)
         configs = [BenchConfig(prompt_tokens=n, new_tokens=3, repeats=2) for n in (8, 16, 12)]

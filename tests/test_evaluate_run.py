@@ -278,6 +278,23 @@ class TestCommand:
         again = json.loads((tmp_path / "p.json").read_text())
         assert again["rows"] == found["rows"]
 
+    def test_equal_plans_are_one_row(self, tmp_path: Path) -> None:
+        model, text = tiny_checkpoint(tmp_path / "m"), tiny_text(tmp_path / "t.txt")
+        options = ("--block-size", 32, "--blocks", 2, "--json", tmp_path / "o.json")
+        assert self.run("evaluate", model, "--data", text, "--retention", ".5", ".45", ".25", *options) == 0
+        rows = json.loads((tmp_path / "o.json").read_text())["rows"]
+        assert [row["retention"] for row in rows] == [0.5, 0.25]
+
+    def test_documents_of_the_same_name_are_two(self, tmp_path: Path) -> None:
+        model = tiny_checkpoint(tmp_path / "m")
+        for i in (0, 1):
+            (tmp_path / str(i)).mkdir()
+        texts = [part for i in (0, 1) for part in ("--data", tiny_text(tmp_path / str(i) / "t.txt", seed=i))]
+        options = ("--suite", "generation", "--block-size", 64, "--blocks", 4, "--new-tokens", 4, "--prompts", 2)
+        assert self.run("evaluate", model, *texts, *options, "--all-text", "--json", tmp_path / "o.json") == 0
+        row = json.loads((tmp_path / "o.json").read_text())["rows"][0]
+        assert row["generation"]["length"]["low"] is not None
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -287,12 +304,15 @@ class TestCommand:
             (("--suite", "qa", "--questions", "q.json"), "q.json"),
             (("--suite", "retrieval", "--length", 99999), "--length"),
             (("--block-size", 1), "block size of 2"),
+            (("--suite", "retrieval", "--length", 20, "--block-size", 32), "depthkv: expected a length of at least"),
+            (("--seed", 2**32), "expected a whole number from 0 to 4294967295"),
         ],
     )
     def test_bad_input(
         self, options: tuple[object, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         model, text = tiny_checkpoint(tmp_path / "m"), tiny_text(tmp_path / "t.txt")
+        capsys.readouterr()  # saving shows a progress bar
         assert self.run("evaluate", model, "--data", text, *options, "--json", tmp_path / "o.json") == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1 and not (tmp_path / "o.json").exists()

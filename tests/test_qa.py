@@ -326,7 +326,21 @@ class TestEvaluateQA:
         model.generation_config.repetition_penalty = 5.0
         model.generation_config.do_sample = True
         model.generation_config.temperature = 9.0
+        model.generation_config.suppress_tokens = list(range(3, 40))
+        model.generation_config.return_dict_in_generate = True
+        own = model.generation_config
         assert evaluate_qa(model, tokenizer, word_questions(), PLANS[:1]) == plain
+        assert model.generation_config is own
+
+    def test_prompts_leave_room_among_the_models_positions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[int] = []
+        model = tiny_model(max_position_embeddings=40)
+        model.model.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            lambda module, args, kwargs: seen.append(int(kwargs["position_ids"].max())), with_kwargs=True
+        )
+        question = Question(context=" ".join(["w7"] * 300), question="w9", answers=("w1",), id="a", article="a")
+        evaluate_qa(model, tiny_tokenizer(), [question], PLANS[:1])
+        assert 16 <= max(seen) < 40
 
     def test_impossible(self) -> None:
         model, tokenizer = tiny_model(), tiny_tokenizer()

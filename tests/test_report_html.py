@@ -150,7 +150,10 @@ class TestPage:
         alike = page_of(tmp_path, evaluation("a"), evaluation("b")).html
         assert 'class="warning"' not in alike and "32 blocks of 512 tokens" in alike
         found = page_of(tmp_path, evaluation("a"), dict(evaluation("b"), blocks=8, held_out=False)).html
-        assert "they differ in held out from training, of each text" in found and "Measured on all of the text" in found
+        assert (
+            "they differ in held out from training, blocks of each text" in found
+            and "Measured on all of the text" in found
+        )
 
     def test_needs_nothing_from_outside(self, tmp_path: Path) -> None:
         html = page_of(tmp_path, evaluation(), peers(), bench()).html
@@ -226,12 +229,25 @@ class TestVerdict:
         found["rows"][1]["loss_score"] = loss
         assert expected in page_of(tmp_path, found).verdict
 
+    def test_better_than_the_full_cache_is_explained(self, tmp_path: Path) -> None:
+        found = evaluation()
+        assert "comes from training on such text" not in page_of(tmp_path, found).html
+        found["rows"][1]["loss_score"] |= {"difference": -0.2, "difference_low": -0.3, "difference_high": -0.1}
+        assert "comes from training on such text" in page_of(tmp_path, found).html
+
     def test_nothing_but_the_full_cache(self, tmp_path: Path) -> None:
         found = evaluation()
         del found["rows"][1:]
         page = page_of(tmp_path, found)
         assert page.verdict == "The files hold the full cache's figures alone."
         assert "plans" not in Tree(page.html).sections
+
+    def test_full_cache_that_does_not_fit_at_first(self, tmp_path: Path) -> None:
+        found = bench(2)
+        found["cells"][0]["arms"]["full"] = dict.fromkeys(found["cells"][0]["arms"]["full"]) | {"out_of_memory": True}
+        page = page_of(tmp_path, found)
+        assert page.verdict.startswith("The cache takes 0.50 times the bytes")
+        assert "out of memory" in [text.strip() for text in Tree(page.html).texts["td"]]
 
     def test_speed_alone(self, tmp_path: Path) -> None:
         assert page_of(tmp_path, bench()).verdict == (
@@ -276,7 +292,10 @@ class TestReading:
             return [without(item) for item in value] if isinstance(value, list) else value
 
         page = page_of(tmp_path, without(evaluation()))
-        assert page.verdict == "At 50 % of the cache, loss rises by 0.12 nats per token, from 3.40 to 3.52."
+        assert page.verdict == (
+            "At 50 % of the cache, loss rises by 0.12 nats per token, from 3.40 to 3.52; "
+            "F1 falls by 5.0 points, from 41.3 to 36.3; retrieval falls by 7.3 points, from 60.0 to 52.7."
+        )
         assert "there was one document alone" in page.html and "nan" not in page.html.lower().replace("nancy", "")
 
     def test_size_of_the_cache(self, tmp_path: Path) -> None:
@@ -431,6 +450,7 @@ class TestCommand:
             (["good.json", "bad.json"], "bad.json: expected what evaluate --json or bench --json writes"),
             (["good.json", "none.json"], "a JSON file at none.json"),
             (["good.json", "--label", "a", "--label", "b"], "--label: expected one for each of 1 files, got 2"),
+            (["good.json", "--out", "r.html", "--json", "r.html"], "--json: expected another file"),
             (["good.json", "--out", "good.json"], "--out: expected another file"),
             (["good.json", "--out", "no/r.html"], "expected a file in an existing folder"),
             ([], "FILE"),

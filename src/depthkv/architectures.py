@@ -101,6 +101,12 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that the model has positions for, or None where the config does not say."""
+    most = getattr(text_config(config), "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
 def check_supported(config: PreTrainedConfig) -> None:
     """Refuse models whose layers cannot share, by their config alone.
 

@@ -298,7 +298,8 @@ def _try_run(
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    texts = ("not enough memory", "can't allocate memory")  # of torch's allocators for the CPU
+    # of torch's allocators for the CPU, and of CUDA's libraries, whose own allocations raise no OutOfMemoryError
+    texts = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in texts)
 
 

@@ -25,7 +25,7 @@ _NO_MEMORY = "out of memory"
 def bench_command(
     model: inputs.Model,
     plan: Annotated[
-        list[Path] | None, typer.Option("--plan", metavar="FILE...", help="A plan.json, or several.")
+        list[Path] | None, typer.Option("--plan", metavar="FILE", help="A plan.json. Repeat it for several.")
     ] = None,
     retention: inputs.Retentions = None,
     prompt_tokens: Annotated[

@@ -13,8 +13,9 @@ from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, number, progress_bar, show, table, waiting, write_json
 from depthkv.data import Document
-from depthkv.errors import DepthKVError
+from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.arms import Arm, plan_arms
+from depthkv.evaluate.intervals import BETTER_THAN_FULL
 from depthkv.evaluate.run import SUITES, EvaluateConfig, Evaluation
 from depthkv.machine import environment
 from depthkv.memory import format_bytes
@@ -80,7 +81,7 @@ def evaluate_command(
     )
     config, kinds = inputs.read_config(model)
     with naming(model):
-        plans = inputs.choose_plans(plan, retention, config, kinds)
+        plans = list(dict.fromkeys(inputs.choose_plans(plan, retention, config, kinds)))
         inputs.require_positions(config, block_size, "--block-size")
         if "generation" in suites:
             inputs.require_positions(config, settings.prompt_tokens + new_tokens, "--new-tokens and the prompt")
@@ -149,7 +150,9 @@ def _prepare(
         return Evaluation(tokenizer=tokenizer, texts=texts, config=settings, questions=questions)
     except DepthKVError as error:
         where = "" if all_text else " (in the tenth that is held out; --all-text uses everything)"
-        raise type(error)(f"--data {' '.join(texts)}: {error}{where}") from error
+        # a length or questions that do not fit are named by the error itself
+        is_text = isinstance(error, DataError) and "questions" not in str(error)
+        raise type(error)(f"--data {' '.join(texts)}: {error}{where}" if is_text else str(error)) from error
 
 
 def _show(figures: dict[str, Any], arms: list[Arm]) -> None:
@@ -175,9 +178,16 @@ def _show(figures: dict[str, Any], arms: list[Arm]) -> None:
         columns.append(("retrieval", lambda row: _with_interval(row["retrieval"]["score"], ".0f")))
     held_out = "held out" if figures["held_out"] else "all text"
     out = console()
+    counts = [f"{figures['blocks']} blocks of {figures['block_size']} tokens of each"] if "loss" in first else []
+    for key, score, things in (
+        ("generation", "length", "texts"),
+        ("qa", "f1", "questions"),
+        ("retrieval", "score", "prompts to retrieve from"),
+    ):
+        if key in first:
+            counts.append(f"{first[key][score]['count']} {things}")
     out.print(
-        f"{figures['model']} on {', '.join(figures['data'])} ({held_out}): {figures['blocks']} blocks of "
-        f"{figures['block_size']} tokens of each, {figures['dtype']}",
+        f"{figures['model']} on {', '.join(figures['data'])} ({held_out}): {', '.join(counts)}, {figures['dtype']}",
         markup=False,
         soft_wrap=True,
     )
@@ -186,6 +196,8 @@ def _show(figures: dict[str, Any], arms: list[Arm]) -> None:
         headings = ["loss by kind of text", *figures["data"]]
         cells = [[row["label"], *(f"{text['loss']['value']:.3f}" for text in row["texts"])] for row in rows]
         out.print(table(headings, cells))
+    if any((row["loss_score"]["difference_high"] or 0.0) < 0 for row in rows if "loss" in row):
+        out.print(BETTER_THAN_FULL, markup=False, soft_wrap=True)
 
 
 def _with_interval(score: dict[str, Any], shape: str) -> str:

@@ -13,7 +13,7 @@ import torch
 import typer
 from transformers import PreTrainedConfig
 
-from depthkv.architectures import LayerKind, layer_kinds, text_config
+from depthkv.architectures import LayerKind, layer_kinds, max_positions
 from depthkv.checkpoint import load_config
 from depthkv.cli.output import show
 from depthkv.data import Document, resolve_data, split_documents
@@ -47,18 +47,18 @@ def count_or_none(text: str | int) -> int:
     return _whole(text, 0)
 
 
-def integer(text: str | int) -> int:
-    """Any whole number."""
-    return _whole(text, None)
+def seed_value(text: str | int) -> int:
+    """A whole number that every generator of random numbers takes, NumPy's old one, too."""
+    return _whole(text, 0, 2**32 - 1)
 
 
-def _whole(text: str | int, least: int | None) -> int:
+def _whole(text: str | int, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
-        if least is not None and value < least:
+        if value < least or (most is not None and value > most):
             raise ValueError
     except ValueError:
-        of = "" if least is None else f" of at least {least}"
+        of = f" of at least {least}" if most is None else f" from {least} to {most}"
         raise typer.BadParameter(f"expected a whole number{of}, got {text!r}") from None
     return value
 
@@ -130,8 +130,8 @@ Texts = Annotated[
     list[str],
     typer.Option(
         "--data",
-        metavar="DATA...",
-        help="Text: files, folders or builtin:anarchism, builtin:brown, builtin:fallback; each is a kind of text.",
+        metavar="DATA",
+        help="Text: a file, a folder or builtin:anarchism, builtin:brown, builtin:fallback. Repeat it for several.",
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]
@@ -147,7 +147,7 @@ Dtype = Annotated[str, option("--dtype", dtype_name, "DTYPE", "auto (as stored),
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, option("--batch-size", count, "N", "Blocks in one forward.")]
 BlockSize = Annotated[int, option("--block-size", count, "N", "Tokens in one block.")]
-Seed = Annotated[int, option("--seed", integer, "N", "Of everything random.")]
+Seed = Annotated[int, option("--seed", seed_value, "N", "Of everything random.")]
 
 
 # Processes
@@ -239,8 +239,8 @@ def choose_plans(
 
 def require_positions(config: PreTrainedConfig, tokens: int, what: str) -> None:
     """Refuse sequences longer than the model has positions for: many models then fail or write nonsense."""
-    most = getattr(text_config(config), "max_position_embeddings", None)
-    if isinstance(most, int) and tokens > most:
+    most = max_positions(config)
+    if most is not None and tokens > most:
         raise DepthKVError(f"expected {what} of at most the {most} positions of the model, got {tokens}")
 
 

@@ -104,14 +104,22 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     """
     if path is None:
         return
-    text = json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n"
+    write_file(path, json.dumps(_plain(figures), indent=2, allow_nan=False) + "\n", "--json")
+
+
+def write_file(path: Path, text: str, what: str) -> None:
+    """Write a file beside its place, then rename; /dev/stdout or a pipe is written to.
+
+    Raises:
+        DepthKVError: the file cannot be written; `what` names it.
+    """
     if path.exists() and (not path.is_file() or path.parts[:2] == (os.sep, "dev")):
         try:
-            path.write_text(text, encoding="utf-8")  # /dev/stdout or a pipe: must not be replaced by a file
+            path.write_text(text, encoding="utf-8")  # must not be replaced by a file
         except OSError as error:
-            raise DepthKVError(f"expected to write --json to {path}, got {error.strerror or error}") from error
+            raise DepthKVError(f"expected to write {what} to {path}, got {error.strerror or error}") from error
     else:
-        write_text(path, text, "--json")
+        write_text(path, text, what)
 
 
 def json_line(figures: dict[str, Any]) -> str:

@@ -10,9 +10,8 @@ import typer
 
 from depthkv.cli import inputs
 from depthkv.cli.inputs import json_path, option
-from depthkv.cli.output import console, write_json
+from depthkv.cli.output import console, write_file, write_json
 from depthkv.errors import DepthKVError
-from depthkv.files import write_text
 
 
 def report_command(
@@ -36,12 +35,14 @@ def report_command(
 
     if label and len(label) != len(files):
         raise DepthKVError(f"--label: expected one for each of {len(files)} files, got {len(label)}")
+    if json_file is not None and os.path.realpath(json_file) == os.path.realpath(out):
+        raise DepthKVError(f"--json: expected another file than the page, got {json_file}")
     for path in files:
         if os.path.realpath(path) in (os.path.realpath(out), json_file and os.path.realpath(json_file)):
             raise DepthKVError(f"--out: expected another file than those that are read, got {path}")
     figures = [read_figures(path) for path in files]
     page = build_page(figures, label or None)
-    write_text(out, page.html, "the report")
+    write_file(out, page.html, "the report")
     write_json(json_file, {"out": str(out), "files": [str(path) for path in files], "verdict": page.verdict})
     shown = console()
     shown.print(page.verdict, markup=False, soft_wrap=True)

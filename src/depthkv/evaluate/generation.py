@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,16 +57,7 @@ def write_tokens(
     device = next(model.get_input_embeddings().parameters()).device
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos if eos is not None else 0
-    # all that could make the checkpoint's own settings anything but greedy is set, so that they do not count
-    settings = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=eos,
-    )
+    settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos)
     criteria = StoppingCriteriaList([_StopAtLineBreak(tokenizer)] if one_line else [])
     written: list[list[int]] = [[]] * len(prompts)
     for chosen in _batches([len(prompt) for prompt in prompts], batch_size, equal_lengths=make_cache is not None):
@@ -74,19 +66,31 @@ def write_tokens(
         tokens = torch.tensor([[pad] * gap + list(prompts[i]) for gap, i in zip(gaps, chosen, strict=True)])
         mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
         cache = {} if make_cache is None else {"past_key_values": make_cache(model.config)}
-        output = model.generate(
-            tokens.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            stopping_criteria=criteria,
-            **cache,
-        )
+        with _without_own_settings(model):
+            output = model.generate(
+                tokens.to(device),
+                attention_mask=mask.to(device),
+                generation_config=settings,
+                stopping_criteria=criteria,
+                **cache,
+            )
         for i, row in zip(chosen, output[:, width:].tolist(), strict=True):
             # what ends early is filled up with padding
             written[i] = row[: next((at for at, token in enumerate(row) if token in (eos, pad)), len(row))]
         if progress is not None:
             progress(len(chosen))
     return written
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    """The checkpoint's generation settings fill what a call leaves open, so that few of them would still be greedy."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def write_lines(

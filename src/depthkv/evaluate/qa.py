@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from depthkv.architectures import max_positions
 from depthkv.errors import DataError
 from depthkv.evaluate.arms import Arm, MakeCache
 from depthkv.evaluate.generation import Progress, write_lines
@@ -89,7 +90,8 @@ def evaluate_qa(
         plans: for as many layers as the model has. Equal plans are measured once.
         max_new_tokens: of an answer.
         batch_size: questions answered together, padded on the left; those of similar length are.
-        max_tokens: of a prompt; a longer context loses its end, see `depthkv.qa.prompt_tokens`.
+        max_tokens: of a prompt, or as many as the model has positions for; a longer context loses its end, see
+            `depthkv.qa.prompt_tokens`.
         context_first: the order in the prompt, for all questions.
         progress: called after each batch, for each plan in turn.
 
@@ -100,7 +102,7 @@ def evaluate_qa(
         DataError: no questions, one without answers, or one that does not fit.
         PlanError: a plan does not fit the model.
     """
-    prompts = _prompts(questions, tokenizer, max_tokens, context_first)
+    prompts = _prompts(model, questions, tokenizer, max_tokens, max_new_tokens, context_first)
     measured: dict[SharingPlan, QAScores] = {}
     for plan in plans:
         if plan in measured:
@@ -137,7 +139,7 @@ def answer(
     return write_lines(
         model,
         tokenizer,
-        _prompts(questions, tokenizer, max_tokens, context_first),
+        _prompts(model, questions, tokenizer, max_tokens, max_new_tokens, context_first),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         make_cache=make_cache,
@@ -153,10 +155,18 @@ def answer_scores(texts: Sequence[str], questions: Sequence[Question]) -> dict[s
 
 
 def _prompts(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int, context_first: bool
+    model: nn.Module,
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    max_new_tokens: int,
+    context_first: bool,
 ) -> list[list[int]]:
     if not questions:
         raise DataError("expected at least one question, got none")
+    positions = max_positions(model.config)
+    if positions is not None:
+        max_tokens = min(max_tokens, max(1, positions - max_new_tokens))
     return [
         prompt_tokens(question, tokenizer, max_tokens=max_tokens, context_first=context_first) for question in questions
     ]

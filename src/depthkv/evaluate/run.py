@@ -132,11 +132,16 @@ class Evaluation:
             for text in self._texts:
                 for i in spread(len(text.blocks), config.prompts):
                     self._prompts.append(text.blocks[i, : config.prompt_tokens].tolist())
-                    self._prompt_documents.append(text.documents[i])
+                    self._prompt_documents.append(f"{text.name}/{text.documents[i]}")
         if "retrieval" in config.suites:
             tasks = [*config.tasks, *(["qa"] if self.questions and "qa" not in config.tasks else [])]
             self._items = retrieval_items(
-                [document for documents in self.texts.values() for document in documents],
+                # documents of two kinds of text may have the same name
+                [
+                    Document(name=f"{name}/{document.name}", text=document.text)
+                    for name, documents in self.texts.items()
+                    for document in documents
+                ],
                 self.tokenizer,
                 tasks=tasks,
                 lengths=config.lengths,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from depthkv.errors import DepthKVError
-from depthkv.evaluate.intervals import Score
+from depthkv.evaluate.intervals import BETTER_THAN_FULL, Score
 from depthkv.report.loss import loss_sections
 from depthkv.report.parts import (
     Cell,
@@ -113,20 +113,31 @@ def verdict(runs: Runs, benches: Benches) -> str:
 
 
 def _quality_words(runs: Runs) -> list[str]:
-    """At the size of the cache that is nearest to a half and that most files have, for each file's best arm there."""
-    measures = (
+    """Loss, answers and retrieval, since each may be kept while another is lost; the other measures where alone.
+
+    At the size of the cache that is nearest to a half and that most files have, for each file's best arm there.
+    """
+    tasks = (
         ("loss", "loss", " nats", " per token", 2),
-        ("kl", "divergence from the full cache", " nats", "", 3),
         ("f1", "F1", " points", "", 1),
         ("retrieval", "retrieval", " points", "", 1),
+    )
+    others = (
+        ("kl", "divergence from the full cache", " nats", "", 3),
         ("top1", "agreement with the full cache", " points", "", 1),
         ("repetition", "repetition", " points", "", 1),
     )
+    return _clauses(runs, tasks) or _clauses(runs, others)[:1]
+
+
+def _clauses(runs: Runs, measures: Sequence[tuple[str, str, str, str, int]]) -> list[str]:
+    clauses: list[str] = []
+    said = ""
     for key, name, unit, per, digits in measures:
         by_share: dict[int, dict[str, list[ArmFigures]]] = {}
         for label, run in runs.items():
             for arm in run.arms[1:]:
-                if key in arm.scores and arm.scores[key].difference is not None:
+                if key in arm.scores and key in run.arms[0].scores and arm.scores[key].difference is not None:
                     by_share.setdefault(round(20 * arm.cache_share), {}).setdefault(label, []).append(arm)
         if not by_share:
             continue
@@ -150,8 +161,10 @@ def _quality_words(runs: Runs) -> list[str]:
             changes[0] = f"changes by {changes[0]}"
             name = f"{name}{' in' * bool(unit)}{unit}{per}"
         size = shares.pop() if len(shares) == 1 else f"about {per_cent(share / 20)}"
-        return [f"At {size} of the cache, {name} {', '.join(changes)}"]
-    return []
+        place = f"at {size} of the cache, "
+        clauses.append(f"{'' if place == said else place}{name} {', '.join(changes)}")
+        said = place
+    return [f"{clause[0].upper()}{clause[1:]}" if i == 0 else clause for i, clause in enumerate(clauses)]
 
 
 def _change(unit: str, per: str, digits: int, found: Score, full: Score, whose: str) -> str:
@@ -196,7 +209,7 @@ def _facts(runs: Runs) -> str:
         return ""
     settings = dict(found[0])
     held = "held out from training" if settings["held out from training"] == "yes" else "all of it"
-    return f"Text: {settings['text']}, {held}; {settings['of each text']}; {settings['dtype']}."
+    return f"Text: {settings['text']}, {held}; {settings['blocks of each text']}; {settings['dtype']}."
 
 
 def _warnings(runs: Runs) -> list[str]:
@@ -210,6 +223,9 @@ def _warnings(runs: Runs) -> list[str]:
         )
     if any(not run.held_out for run in runs.values()):
         warnings.append("Measured on all of the text: a model that was trained on it does better here than elsewhere.")
+    losses = [arm.scores["loss"] for run in runs.values() for arm in run.arms[1:] if "loss" in arm.scores]
+    if any(score.difference_high is not None and score.difference_high < 0 for score in losses):
+        warnings.append(BETTER_THAN_FULL)
     counts = [arm.scores["loss"] for run in runs.values() for arm in run.arms if "loss" in arm.scores]
     if any(score.low != score.low for score in counts):
         warnings.append("Where an interval is missing, there was one document alone, which gives none.")

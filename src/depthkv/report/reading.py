@@ -112,6 +112,8 @@ class BenchCell:
     """By field: shared / full, the median over pairs of runs."""
     roofline: Mapping[str, Mapping[str, float]]
     """By arm and figure, where the file has them."""
+    out_of_memory: frozenset[str] = frozenset()
+    """Arms that did not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
         settings={
             "text": ", ".join(top.sequence("data")),
             "held out from training": "yes" if top.flag("held_out") else "no",
-            "of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
+            "blocks of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
             "dtype": top.text("dtype"),
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
@@ -310,6 +312,7 @@ def _cell(cell: CheckedObject) -> BenchCell:
             for name in names
             if name in roofline
         },
+        out_of_memory=frozenset(name for name in names if "out_of_memory" in arms.object(name)),
     )
 
 

@@ -86,7 +86,7 @@ def _table(benches: Benches) -> Table:
                 cells = []
                 for field, _, _, shown in columns:
                     if field not in fields:
-                        cells.append(Cell(text="not measured"))
+                        cells.append(Cell(text="out of memory" if arm in cell.out_of_memory else "not measured"))
                         continue
                     notes = [_range(fields[field], shown)]
                     notes += [] if arm == "full" else [_ratio(cell, arm, field)]
@@ -150,10 +150,11 @@ def _figure(key: str, value: float) -> str:
 
 
 def bench_words(benches: Benches) -> Sequence[str]:
-    """For the verdict: what the first shared arm of the first file buys."""
-    for bench in benches.values():
-        cell = bench.cells[0]
+    """For the verdict: what the first shared arm buys, where it and the full cache ran."""
+    for cell in (cell for bench in benches.values() for cell in bench.cells):
         arm = next(name for name in cell.arms if name != "full")
+        if not cell.arms["full"] or not cell.arms[arm]:
+            continue
         parts = []
         for field, words in (
             ("cache_bytes", "the cache takes {} the bytes"),
