@@ -31,13 +31,13 @@ _INTERVALS = (
 )
 _MEASURES = (
     ("loss", "loss, nats per token", 3, ""),
-    ("perplexity", "perplexity", 0, ""),
+    ("f1", "answers, F1", 1, " %"),
+    ("retrieval", "retrieval", 1, " %"),
     ("top1", "same next token", 1, " %"),
     ("kl", "KL from the full cache, nats", 3, ""),
-    ("f1", "answers, F1", 1, " %"),
     ("exact_match", "answers, exact", 1, " %"),
     ("rouge_l", "answers, ROUGE-L", 1, " %"),
-    ("retrieval", "retrieval", 1, " %"),
+    ("perplexity", "perplexity", 0, ""),
     ("repetition", "repetition", 1, " %"),
 )
 """Key, heading, digits and unit of the main table's columns."""
