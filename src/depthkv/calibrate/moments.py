@@ -1,0 +1,99 @@
+"""Similarity of layers' keys and values from one pass over text, by second moments that are summed as the text goes by.
+
+For each KV head h the moments of all layers' features together are kept, `[layers x head_dim, layers x head_dim]`: what
+a follower's head h could read is its source's head h, so other heads need not be compared. Nothing grows with the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+RIDGE = 1e-3
+"""Of the ridge regression: times the mean variance of the source's features."""
+
+
+class Moments:
+    """Of one quantity, such as keys before the rotary embedding, in all layers of one kind."""
+
+    def __init__(self, num_layers: int, num_heads: int, head_dim: int, device: torch.device | str = "cpu") -> None:
+        size = num_layers * head_dim
+        self.shape = (num_layers, num_heads, head_dim)
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.shift = torch.zeros(num_heads, size, device=device)
+        """Mean over the first batch: keys have large means, and moments about zero would drown the variance in fp32."""
+        self.sums = torch.zeros(num_heads, size, dtype=torch.float64, device=device)
+        self.products = torch.zeros(num_heads, size, size, device=device)
+        self.cosines = torch.zeros(num_heads, num_layers, num_layers, dtype=torch.float64, device=device)
+
+    def add(self, features: torch.Tensor) -> None:
+        """Take in `[tokens, layers, heads, head_dim]`."""
+        tokens, layers, heads, head_dim = features.shape
+        by_head = features.float().permute(2, 0, 1, 3)  # [heads, tokens, layers, head_dim]
+        flat = by_head.reshape(heads, tokens, layers * head_dim)
+        if self.count == 0:
+            self.shift = flat.mean(dim=1)
+        moved = flat - self.shift[:, None]
+        self.sums += moved.sum(dim=1, dtype=torch.float64)
+        self.products += moved.transpose(1, 2) @ moved
+        unit = torch.nn.functional.normalize(by_head, dim=-1)
+        self.cosines += torch.einsum("htid,htjd->hij", unit, unit).double()
+        self.count += tokens
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything summed so far, for a file."""
+        names = ("count", "shift", "sums", "products", "cosines")
+        return {name: getattr(self, name).cpu().contiguous() for name in names}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, value in state.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+
+    def covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[layers, layers, heads, head_dim, head_dim]` in fp64, and means `[layers, heads, head_dim]`."""
+        layers, heads, head_dim = self.shape
+        count = self.count.to(self.sums.device)
+        means = self.sums / count
+        covariance = self.products.double() / count - means[:, :, None] * means[:, None, :]
+        blocks = covariance.view(heads, layers, head_dim, layers, head_dim).permute(1, 3, 0, 2, 4)
+        return blocks, (means + self.shift.double()).view(heads, layers, head_dim).transpose(0, 1)
+
+    def similarities(self) -> dict[str, torch.Tensor]:
+        """By measure, for each head and over all of them: `[1 + heads, layers, layers]`, entry [0] is the aggregate and
+        [:, l, j] compares reader l with source j.
+
+        `cka`: linear centred kernel alignment (arXiv:1905.00414), the aggregate is the mean over the heads. `cosine`:
+        mean over tokens. `r2`: variance of layer l's features that a ridge regression from layer j's explains.
+        `squared_distance`: mean over tokens of the squared Euclidean distance, summed over the heads in the aggregate.
+        """
+        covariance, means = self.covariance()
+        layers, _, head_dim = self.shape
+        own = covariance.diagonal(dim1=0, dim2=1).permute(3, 0, 1, 2)  # [layers, heads, d, d]
+        variance = own.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)  # [layers, heads]
+        norms = own.flatten(2).norm(dim=-1).clamp(min=1e-30)
+        cka = covariance.flatten(3).norm(dim=-1) ** 2 / (norms[:, None] * norms[None, :])
+        explained = torch.zeros_like(cka)
+        eye = torch.eye(head_dim, dtype=own.dtype, device=own.device)
+        for j in range(layers):
+            ridge = RIDGE * (variance[j] / head_dim).clamp(min=1e-12)[:, None, None] * eye
+            to_reader = covariance[j]  # of source features with each reader's, [layers, heads, d_source, d_reader]
+            weights = torch.linalg.solve(own[j] + ridge, to_reader)
+            fitted = 2 * (weights * to_reader).sum((-2, -1)) - (weights * (own[j] @ weights)).sum((-2, -1))
+            explained[:, j] = fitted
+        apart = (means[:, None] - means[None, :]).square().sum(-1)
+        cross = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
+        distance = (variance[:, None] + variance[None, :] - 2 * cross + apart).clamp(min=0)
+        cosine = (self.cosines / self.count.to(self.cosines.device)).permute(1, 2, 0)
+        return {
+            "cka": _with_aggregate(cka, cka.mean(-1)),
+            "cosine": _with_aggregate(cosine, cosine.mean(-1)),
+            "r2": _with_aggregate(explained / variance[:, None], explained.sum(-1) / variance.sum(-1)[:, None]),
+            "squared_distance": _with_aggregate(distance, distance.sum(-1)),
+        }
+
+
+def _with_aggregate(by_head: torch.Tensor, aggregate: torch.Tensor) -> torch.Tensor:
+    """From `[layers, layers, heads]` and `[layers, layers]`."""
+    return torch.cat([aggregate[None], by_head.permute(2, 0, 1)]).cpu()
