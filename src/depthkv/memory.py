@@ -44,11 +44,13 @@ def cache_bytes(
 
     A sliding or chunked layer keeps at most `window - 1` past tokens, as transformers' dynamic cache does.
     """
-    total = 0
-    for kind in _leader_kinds(config, plan):
-        tokens = num_tokens if kind.window is None else min(num_tokens, kind.window - 1)
-        total += tokens * kv_bytes_per_layer(kind, dtype)
-    return batch * total
+    return batch * sum(layer_cache_bytes(kind, dtype, num_tokens) for kind in _leader_kinds(config, plan))
+
+
+def layer_cache_bytes(kind: LayerKind, dtype: torch.dtype, num_tokens: int) -> int:
+    """Bytes of one layer's cache of one sequence, see `cache_bytes`."""
+    tokens = num_tokens if kind.window is None else min(num_tokens, kind.window - 1)
+    return tokens * kv_bytes_per_layer(kind, dtype)
 
 
 def _leader_kinds(config: PreTrainedConfig, plan: SharingPlan | None) -> list[LayerKind]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthkv import attention
 from depthkv.attention import Pair, Step
 from depthkv.decoder import find_decoder
 from depthkv.sharing import Patches, _adapter_switch, _guarded, _patch_layers

@@ -108,7 +108,10 @@ class Calibrator:
             }
             state = _MomentsFile(self.path, found.fingerprint)
             done = state.restore(sums)
-            with self.bar("comparing keys and values", len(self.blocks)) as advance, reading(self.model) as (forward, _):
+            with (
+                self.bar("comparing keys and values", len(self.blocks)) as advance,
+                reading(self.model) as (forward, _),
+            ):
                 advance(done)
                 while done < len(self.blocks):
                     batch = self.blocks[done : done + self.batch_size].to(self.device)
@@ -161,7 +164,10 @@ class Calibrator:
         cosine = torch.zeros(size, size, dtype=torch.float64)
         error, norm = torch.zeros_like(cosine), torch.zeros(size, dtype=torch.float64)
         with self._evaluating(), Probe(self.model) as probe, self._timed("outputs"):
-            with self.bar("comparing attention", len(self.output_blocks)) as advance, reading(self.model) as (forward, _):
+            with (
+                self.bar("comparing attention", len(self.output_blocks)) as advance,
+                reading(self.model) as (forward, _),
+            ):
                 for start in range(0, len(self.output_blocks), self.batch_size):
                     batch = self.output_blocks[start : start + self.batch_size].to(self.device)
                     with probe.recording(details=True) as seen:
@@ -250,11 +256,16 @@ class Calibrator:
         losses = self.plan_losses(plan)
         return math.fsum(losses) / len(losses)
 
-    def _measure_full(self) -> None:
+    @contextmanager
+    def with_own_kv(self) -> Iterator[None]:
+        """Every layer reads its own keys and values, as it runs under a plan: an adapter that belongs to sharing is on."""
         with self._evaluating(), Probe(self.model) as probe, probe.recording():
-            self.calibration.full_losses = list(
-                perplexity(self.model, self.cost_blocks, batch_size=self.batch_size).block_losses
-            )
+            yield
+
+    def _measure_full(self) -> None:
+        with self.with_own_kv():
+            result = perplexity(self.model, self.cost_blocks, batch_size=self.batch_size)
+        self.calibration.full_losses = list(result.block_losses)
 
     # Files and time
 

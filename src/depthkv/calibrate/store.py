@@ -149,7 +149,9 @@ class Calibration:
         except OSError as error:
             raise DepthKVError(f"expected a calibration file at {path}, got {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
-            raise DepthKVError(f"{path}: expected a calibration in JSON, got {error or 'too deep a nesting'}") from error
+            raise DepthKVError(
+                f"{path}: expected a calibration in JSON, got {error or 'too deep a nesting'}"
+            ) from error
         try:
             return _checked(data)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,7 +178,9 @@ def _mean(values: Sequence[float]) -> float:
 
 def _checked(data: Any) -> Calibration:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise DepthKVError(f'expected "format": "{FORMAT}", got {data.get("format") if isinstance(data, dict) else data!r}')
+        raise DepthKVError(
+            f'expected "format": "{FORMAT}", got {data.get("format") if isinstance(data, dict) else data!r}'
+        )
     if data.get("version") != VERSION:
         raise DepthKVError(f'expected "version": {VERSION}, got {data.get("version")!r}')
     known = {entry.name for entry in fields(Calibration)} | {"format", "version"}
@@ -236,5 +240,7 @@ def kind_names(kinds: Sequence[LayerKind]) -> list[str]:
     """Names that are equal where the kinds are; two kinds that read alike, such as by their rotary bases, get numbers."""
     different = list(dict.fromkeys(kinds))
     words = [str(kind) for kind in different]
-    names = {k: w if words.count(w) == 1 else f"{w} ({i})" for i, (k, w) in enumerate(zip(different, words, strict=True))}
+    names = {
+        k: w if words.count(w) == 1 else f"{w} ({i})" for i, (k, w) in enumerate(zip(different, words, strict=True))
+    }
     return [names[kind] for kind in kinds]

@@ -1,0 +1,47 @@
+"""Nested plans: an order in which leaders are given up, so that every smaller plan's leaders are a subset."""
+
+from __future__ import annotations
+
+import torch
+
+from depthkv.plan import SharingPlan
+from depthkv.planner.problem import Problem
+
+
+def nested_plans(problem: Problem, cost: torch.Tensor, through: SharingPlan) -> list[SharingPlan]:
+    """From the full cache down to the layers that must lead, one leader fewer each time, by way of a given plan.
+
+    Each step gives up the leader whose loss costs least for the bytes that it frees. The last plan is the smallest.
+
+    Args:
+        problem: its budget limits no plan here.
+        cost: additive, `[layers, layers]`.
+        through: one of the plans; its sources are kept as they are.
+    """
+    plans = [SharingPlan.full(problem.num_layers)]
+    required = set(problem.required)
+    leaders = set(range(problem.num_layers))
+    for goal in (set(through.leaders), required):
+        while removable := sorted(leaders - goal):
+            leaders.remove(min(removable, key=lambda layer: (_price(problem, cost, leaders, layer), -layer)))
+            plans.append(through if leaders == set(through.leaders) else problem.assign(leaders, cost))
+    return plans
+
+
+def given_up(plans: list[SharingPlan]) -> list[int]:
+    """The leaders in the order in which nested plans give them up."""
+    order = []
+    for larger, smaller in zip(plans, plans[1:], strict=False):
+        (layer,) = set(larger.leaders) - set(smaller.leaders)
+        order.append(layer)
+    return order
+
+
+def _price(problem: Problem, cost: torch.Tensor, leaders: set[int], layer: int) -> float:
+    """Loss of a leader's giving up, for each byte that it frees."""
+    before = problem.predicted(problem.assign(leaders, cost), cost) + problem.prefill_cost(leaders)
+    after = leaders - {layer}
+    added = problem.predicted(problem.assign(after, cost), cost) + problem.prefill_cost(after) - before
+    freed = problem.budget.leader_bytes[layer]
+    # a gain is the larger the better, whatever it frees
+    return added / freed if added > 0 else added

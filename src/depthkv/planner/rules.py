@@ -1,0 +1,122 @@
+"""Plans that need no measured losses: evenly spaced, random, and what similarity alone would choose. To compare with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from depthkv.errors import PlanError
+from depthkv.plan import SharingPlan
+from depthkv.planner.exact import exact_plan
+from depthkv.planner.problem import Problem
+
+
+def evenly_spaced(problem: Problem) -> list[SharingPlan]:
+    """As many leaders of each kind as the budget allows, evenly spaced: first as `SharingPlan.for_retention` and the
+    paper space them (arXiv:2604.22782, section 4), then the same with all leaders but the first shifted by some layers.
+
+    Those that obey the problem; where layers to keep or pipeline stages allow none, one that is as even as they leave it.
+    """
+    counts = _even_counts(problem)
+    plans: list[SharingPlan] = []
+    widest = max(sum(1 for other in problem.kinds if other == kind) // count for kind, count in counts.items())
+    for shift in sorted(range(-widest, widest + 1), key=lambda shift: (abs(shift), shift)):
+        leaders: list[int] = []
+        for kind, count in counts.items():
+            layers = [layer for layer, other in enumerate(problem.kinds) if other == kind]
+            stride = round(len(layers) / count)
+            even = [i * len(layers) // count for i in range(count)]
+            if len(layers[::stride]) == count:
+                even = list(range(0, len(layers), stride))
+            places = [0, *(place + shift for place in even[1:])]
+            if len(set(places)) == count and all(0 <= place < len(layers) for place in places):
+                leaders += [layers[place] for place in places]
+        plan = problem.nearest(leaders) if set(problem.required) <= set(leaders) else None
+        if plan is not None and problem.affords(leaders) and plan not in plans:
+            plans.append(plan)
+    return plans or [_even_around_required(problem)]
+
+
+def _even_counts(problem: Problem) -> dict[object, int]:
+    """Leaders of each kind under the budget: equal shares of each kind, as large as it allows."""
+    members = {kind: sum(1 for other in problem.kinds if other == kind) for kind in problem.kinds}
+    most = {kind: min(members[kind], dict(problem.budget.max_leaders).get(kind, members[kind])) for kind in members}
+    counts = most
+    for share in range(problem.num_layers, 0, -1):
+        counts = {kind: max(1, min(most[kind], members[kind] * share // problem.num_layers)) for kind in members}
+        firsts = [layer for kind, count in counts.items() for layer in _first(problem, kind, count)]
+        if problem.affords(firsts):
+            break
+    return dict(counts)
+
+
+def _first(problem: Problem, kind: object, count: int) -> list[int]:
+    return [layer for layer, other in enumerate(problem.kinds) if other == kind][:count]
+
+
+def _even_around_required(problem: Problem) -> SharingPlan:
+    """Starting from the layers that must lead, the middle of the longest stretch of followers leads next."""
+    leaders = set(problem.required)
+    while True:
+        plan = problem.nearest(leaders)
+        for leader in sorted(plan.leaders, key=lambda leader: (-len(plan.readers(leader)), leader)):
+            readers = plan.readers(leader)
+            middle = readers[len(readers) // 2]
+            if len(readers) > 1 and problem.affords({*leaders, middle}):
+                leaders.add(middle)
+                break
+        else:
+            return plan
+
+
+def random_plan(problem: Problem, seed: int = 0) -> SharingPlan:
+    """A uniformly drawn set of leaders, as many as the budget allows."""
+    rng = random.Random(f"random plan {seed}")
+    leaders = set(problem.required)
+    others = [layer for layer in range(problem.num_layers) if layer not in leaders]
+    rng.shuffle(others)
+    for layer in others:
+        if problem.affords({*leaders, layer}):
+            leaders.add(layer)
+    return problem.nearest(leaders)
+
+
+def least_distance(problem: Problem, distance: torch.Tensor) -> SharingPlan:
+    """What a cheap measure alone would choose: `exact_plan` with a distance, `[layers, layers]`, in the cost's place."""
+    return exact_plan(problem, distance)
+
+
+def paired(problem: Problem, distance: torch.Tensor, *, most_alike_first: bool) -> SharingPlan:
+    """KVSharer's greedy rule (arXiv:2410.18517), without its threshold: pairs of layers by distance, the most unlike
+    first as the paper has it, or the reverse. The later layer of a pair reads the earlier one, or what that one reads,
+    and so do the later one's readers; it ends when the budget is met. Sources need not be the nearest leaders.
+
+    Raises:
+        PlanError: the layers that may share run out first.
+    """
+    rows = distance.tolist()
+    pairs = [(rows[i][j], i, j) for i in range(problem.num_layers) for j in range(i) if problem.may_read(i, j)]
+    pairs.sort(key=lambda pair: (pair[0] if most_alike_first else -pair[0], pair[1], pair[2]))
+    sources = list(range(problem.num_layers))
+    required = set(problem.required)
+    for _, later, earlier in pairs:
+        leaders = [layer for layer, source in enumerate(sources) if layer == source]
+        if problem.affords(leaders):
+            return SharingPlan(sources)
+        if sources[later] == later and later not in required:
+            sources = [sources[earlier] if source == later else source for source in sources]
+    leaders = [layer for layer, source in enumerate(sources) if layer == source]
+    if problem.affords(leaders):
+        return SharingPlan(sources)
+    raise PlanError(f"expected {problem.budget.words} to be met by pairing layers, got {len(leaders)} leaders left")
+
+
+def distance_of(matrix: Sequence[Sequence[float | None]], *, is_similarity: bool) -> torch.Tensor:
+    """A measure of `depthkv.calibrate` as a distance `[layers, layers]`; inf where it is not defined."""
+    infinity = float("inf")
+    rows = [
+        [infinity if value is None else (1.0 - value if is_similarity else value) for value in row] for row in matrix
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
