@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--cost-blocks", type=int, default=16, help="of these, on which losses are measured")
     parser.add_argument("--held-out-blocks", type=int, default=64)
     parser.add_argument("--evaluations", type=int, default=80)
+    parser.add_argument("--sources", nargs="+", default=["nearest", "any"], choices=["nearest", "any"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -82,7 +83,7 @@ def main() -> None:
     full = SharingPlan.full(len(kinds))
     rows = []
     for retention in args.retentions:
-        for any_source in (False, True):
+        for any_source in [name == "any" for name in args.sources]:
             started = time.perf_counter()
             budget = Budget.of_retention(retention, model.config, model.dtype)
             problem = Problem(kinds=kinds, budget=budget, any_source=any_source)
@@ -99,7 +100,7 @@ def main() -> None:
                     "kv_source_layers": list(plan.kv_source_layers),
                     "leaders": len(plan.leaders),
                     "predicted": float(problem.predicted(plan, planned.cost)),
-                    "corrected": float(problem.predicted(plan, planned.found.cost)),
+                    "corrected": planned.found.model.predicted(plan),
                     "calibration": calibrator.plan_loss(plan),
                     "held_out": score(losses, held_documents, held_losses(full)).to_dict(),
                     "against_even": against.to_dict(),

@@ -14,6 +14,7 @@ from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score, score
 from depthkv.plan import SharingPlan
 from depthkv.planner.exact import exact_plan
+from depthkv.planner.model import Measured
 from depthkv.planner.nested import given_up, nested_plans
 from depthkv.planner.problem import Problem
 from depthkv.planner.rules import distance_of, evenly_spaced, least_distance, paired, random_plan
@@ -33,7 +34,7 @@ class Planned:
     cost: torch.Tensor
     """Of each pair alone, `[layers, layers]`."""
     found: Found
-    """The search; its corrected costs predict plans that were not measured."""
+    """The search; its model predicts plans that were not measured."""
     nested: tuple[SharingPlan, ...]
     """From the full cache to the smallest plan, by way of `plan`."""
     rivals: tuple[tuple[str, SharingPlan], ...]
@@ -82,6 +83,10 @@ def make_plan(
         start,
         lambda plan: calibrator.plan_loss(plan) - full,
         evaluations=evaluations,
+        known=[
+            Measured(plan=SharingPlan(sources), increase=math.fsum(losses) / len(losses) - full)
+            for sources, losses in sorted(calibration.plan_losses.items())
+        ],
         seed=seed,
         advance=advance or (lambda done: None),
     )
@@ -96,7 +101,7 @@ def make_plan(
         plan=found.plan,
         cost=cost,
         found=found,
-        nested=tuple(nested_plans(problem, found.cost, found.plan)),
+        nested=tuple(nested_plans(problem, found.model.cost(), found.plan)),
         rivals=tuple(rivals),
         certainty=how_sure(problem, calibration, found.plan, even[0], list(plans), seed),
     )
