@@ -30,6 +30,7 @@ from depthkv import SharingPlan, load
 from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
 from depthkv.cli import app, main
 from depthkv.location import Location
+from plan_figures import plan_file
 from tiny import WORDS, tiny_checkpoint, tiny_model, tiny_text
 
 ROOT = Path(__file__).parent.parent
@@ -369,6 +370,12 @@ def test_bench_has_the_documented_keys(here: Path) -> None:
     top = {key for key in figures if key not in figures["cells"][0]}
     found = keys_of({key: figures[key] for key in top}, whole=("environment", "cells[].ratios"))
     assert found | {"cells[].arms.*.out_of_memory"} == documented("bench")
+
+
+def test_plan_has_the_documented_keys() -> None:
+    """Of the figures that the report is tested with."""
+    whole = ("environment", "budget", "similarity", "comparison[].against_even")
+    assert keys_of(plan_file(), whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
 
 
 _SPREAD = ("_min", "_max")

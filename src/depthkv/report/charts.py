@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from depthkv.report.parts import fixed
+from depthkv.report.svg import LETTER, WIDTH, cut, drawing, short, stroke, text
 
 COLOURS = 6
 """In the style sheet, as classes c1 to c6."""
-_WIDTH = 400.0
-_LETTER = 6.9
-"""Pixels of a letter of 12.5 pixels, on average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,8 @@ class Point:
     """What is shown when the pointer rests on it."""
     aside: bool = False
     """Shown beside the line, which does not go through it."""
+    mark: str = ""
+    """Words beside it, with a ring around it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class Line:
     label: str
     points: tuple[Point, ...]
     connected: bool = True
+    dense: bool = False
+    """So many points that each is a dot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Item:
     text: str = ""
     """The figure in words, to the right."""
     style: int = 0
+    beside: tuple[tuple[float, int, str], ...] = ()
+    """More marks of a list of dots, on the same line: value, style and words."""
 
 
 def line_chart(
@@ -71,6 +75,8 @@ def line_chart(
     labelled: bool = False,
     zero: bool = False,
     styles: Sequence[int] | None = None,
+    level: tuple[float, str] | None = None,
+    shifted: bool = True,
 ) -> Markup:
     """Lines with intervals.
 
@@ -85,43 +91,53 @@ def line_chart(
         labelled: figures beside the highest and lowest point of each x.
         zero: the y axis shows 0, as a line of its own.
         styles: number of each line's colour and marker, as for `swatch`; None counts from 0.
+        level: a value to compare with, as a line across, and its words.
+        shifted: lines are a little beside each other, so that their intervals can be told apart.
     """
     numbers = list(range(len(lines))) if styles is None else list(styles)
     height, left, right, top = 290.0, 46.0, 16.0, 34.0
     bottom = 44.0 + 14.0 * max((label.count("\n") for _, label in ticks), default=0)
     points = [point for line in lines for point in line.points]
-    place = _scale([x for x, _ in ticks] + [point.x for point in points], left + 22, _WIDTH - right - 22, log=log_x)
+    place = _scale([x for x, _ in ticks] + [point.x for point in points], left + 22, WIDTH - right - 22, log=log_x)
     values = _finite([value for point in points for value in (point.y, point.low, point.high)] + [0.0] * zero)
-    y_ticks, least, most = _ticks(min(values), max(values), 5, padding=0.09 if labelled else 0.04)
+    values += [level[0]] if level is not None else []
+    y_ticks, least, most = _ticks(
+        min(values), max(values), 5, padding=0.09 if labelled or any(point.mark for point in points) else 0.04
+    )
 
     def up(value: float) -> float:
         return top + (height - top - bottom) * (1 - (value - least) / (most - least))
 
-    parts = [_text(4, 14, y_label, "axis")]
+    parts = [text(4, 14, y_label, "axis")]
     for value, words in y_ticks:
         kind = "zero" if zero and value == 0 else "grid"
-        parts.append(_stroke(left, up(value), _WIDTH - right, up(value), kind))
-        parts.append(_text(left - 6, up(value) + 4, words, "tick end"))
+        parts.append(stroke(left, up(value), WIDTH - right, up(value), kind))
+        parts.append(text(left - 6, up(value) + 4, words, "tick end"))
+    if level is not None:
+        parts.append(stroke(left, up(level[0]), WIDTH - right, up(level[0]), "zero"))
+        parts.append(text(left + 6, up(level[0]) - 6, level[1], "tick"))
     for x, label in _apart(ticks, place):
-        parts.append(_stroke(place(x), height - bottom, place(x), height - bottom + 4, "grid"))
+        parts.append(stroke(place(x), height - bottom, place(x), height - bottom + 4, "grid"))
         for i, words in enumerate(label.split("\n")):
-            parts.append(_text(place(x), height - bottom + 17 + 14 * i, words, "tick middle"))
-    parts.append(_text((left + _WIDTH - right) / 2, height - 5, x_label, "axis middle"))
+            parts.append(text(place(x), height - bottom + 17 + 14 * i, words, "tick middle"))
+    parts.append(text((left + WIDTH - right) / 2, height - 5, x_label, "axis middle"))
     for order, (number, line) in enumerate(zip(numbers, lines, strict=True)):
-        shift = 4.0 * (order - (len(lines) - 1) / 2) if len(lines) <= COLOURS else 0.0
+        shift = 4.0 * (order - (len(lines) - 1) / 2) if shifted and len(lines) <= COLOURS else 0.0
         at = [(place(point.x) + shift, up(point.y)) for point in line.points]
         drawn = []
         through = [place for place, point in zip(at, line.points, strict=True) if not point.aside]
         if line.connected and len(through) > 1:
-            path = " ".join(f"{_number(x)},{_number(y)}" for x, y in through)
+            path = " ".join(f"{short(x)},{short(y)}" for x, y in through)
             drawn.append(Markup('<polyline class="line{}" points="{}"/>').format(_dash(number), path))
         for (x, y), point in zip(at, line.points, strict=True):
             whisker = _whisker(x, up(point.low), x, up(point.high)) if point.low == point.low else Markup("")
-            drawn.append(Markup("<g><title>{}</title>{}{}</g>").format(point.words, whisker, _marker(x, y, number)))
+            marker = _dot(x, y) if line.dense and not point.mark else _marker(x, y, number)
+            drawn.append(Markup("<g><title>{}</title>{}{}</g>").format(point.words, whisker, marker))
         parts.append(Markup('<g class="c{}">{}</g>').format(number % COLOURS + 1, Markup("").join(drawn)))
+        parts += [_ring(*place, point.mark) for place, point in zip(at, line.points, strict=True) if point.mark]
     if labelled:
         parts += _point_labels(list(zip(numbers, lines, strict=True)), place, up, digits)
-    return _svg(parts, height, title)
+    return drawing(parts, height, title)
 
 
 def item_chart(
@@ -138,31 +154,35 @@ def item_chart(
     """
     left, right, pitch = 8.0, 14.0, 37.0 if bars else 34.0
     values = _finite([v for item in items if item.value is not None for v in (item.value, item.low, item.high)])
+    values += [value for item in items for value, _, _ in item.beside]
     values += [0.0] if bars else []
     values += [reference] if reference is not None else []
     x_ticks, least, most = _ticks(min(values), max(values), 5, padding=0.0 if bars else 0.05)
 
     def along(value: float) -> float:
-        return left + (_WIDTH - left - right) * (value - least) / (most - least)
+        return left + (WIDTH - left - right) * (value - least) / (most - least)
 
     top, parts = 4.0, []
     for item in items:
         if item.value is None:
             top += 8
-            parts.append(_text(left, top + 12, _cut(item.label, _WIDTH - left - right), "head", whole=item.label))
+            parts.append(text(left, top + 12, cut(item.label, WIDTH - left - right), "head", whole=item.label))
             top += 22
             continue
-        room = _WIDTH - left - right - _LETTER * len(item.text) - 10
-        parts.append(_text(left, top + 12, _cut(item.label, room), "name", whole=item.label))
-        parts.append(_text(_WIDTH - right, top + 12, item.text, "value end"))
+        room = WIDTH - left - right - LETTER * len(item.text) - 10
+        parts.append(text(left, top + 12, cut(item.label, room), "name", whole=item.label))
+        parts.append(text(WIDTH - right, top + 12, item.text, "value end"))
         middle = top + (24 if bars else 23)
         mark: list[Markup] = []
         if bars:
             box = '<rect class="bar" x="{}" y="{}" width="{}" height="11" rx="2"/>'
             width = max(1.0, along(item.value) - along(0))
-            mark.append(Markup(box).format(_number(along(0)), _number(middle - 5.5), _number(width)))
+            mark.append(Markup(box).format(short(along(0)), short(middle - 5.5), short(width)))
         if item.low == item.low and item.low != item.high:
             mark.append(_whisker(along(item.low), middle, along(item.high), middle, "over" if bars else ""))
+        for value, style, words in item.beside:
+            dot = _marker(along(value), middle, style)
+            parts.append(Markup('<g class="c{}"><title>{}</title>{}</g>').format(style % COLOURS + 1, words, dot))
         if not bars:
             mark.append(_marker(along(item.value), middle, item.style))
         parts.append(
@@ -174,14 +194,14 @@ def item_chart(
     height = top + (38 if x_label else 22)
     grid = []
     for value, words in x_ticks:
-        grid.append(_stroke(along(value), 2, along(value), top, "grid"))
-        kind = "start" if along(value) < 20 else "end" if along(value) > _WIDTH - 30 else "middle"
-        grid.append(_text(along(value), top + 15, words, f"tick {kind}"))
+        grid.append(stroke(along(value), 2, along(value), top, "grid"))
+        kind = "start" if along(value) < 20 else "end" if along(value) > WIDTH - 30 else "middle"
+        grid.append(text(along(value), top + 15, words, f"tick {kind}"))
     if reference is not None:
-        grid.append(_stroke(along(reference), 2, along(reference), top, "zero"))
+        grid.append(stroke(along(reference), 2, along(reference), top, "zero"))
     if x_label:
-        grid.append(_text(_WIDTH / 2, height - 5, x_label, "axis middle"))
-    return _svg([*grid, *parts], height, title)
+        grid.append(text(WIDTH / 2, height - 5, x_label, "axis middle"))
+    return drawing([*grid, *parts], height, title)
 
 
 def swatch(number: int, *, connected: bool = True) -> Markup:
@@ -189,12 +209,6 @@ def swatch(number: int, *, connected: bool = True) -> Markup:
     line = Markup('<line class="line{}" x1="1" y1="7" x2="29" y2="7"/>').format(_dash(number)) if connected else ""
     return Markup('<svg class="swatch c{}" viewBox="0 0 30 14" aria-hidden="true">{}{}</svg>').format(
         number % COLOURS + 1, line, _marker(15, 7, number)
-    )
-
-
-def _svg(parts: Sequence[Markup], height: float, title: str) -> Markup:
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        _number(_WIDTH), _number(height), title, Markup("\n").join(parts)
     )
 
 
@@ -216,11 +230,11 @@ def _point_labels(
             ends = _finite([point.y, point.high if above else point.low])
             y = up(max(ends)) - 9 if above else up(min(ends)) + 18
             words = fixed(point.y, digits)
-            half = _LETTER * len(words) / 2 + 3
+            half = LETTER * len(words) / 2 + 3
             if any(abs(place(x) - at) < half + other and abs(y - height) < 13 for at, height, other in taken):
                 continue
             taken.append((place(x), y, half))
-            found.append(_text(place(x), y, words, f"mark middle c{number % COLOURS + 1}"))
+            found.append(text(place(x), y, words, f"mark middle c{number % COLOURS + 1}"))
     return found
 
 
@@ -253,7 +267,7 @@ def _apart(ticks: Sequence[tuple[float, str]], place: Callable[[float], float]) 
     """Without those that would print over their right neighbour."""
     kept: list[tuple[float, str]] = []
     for x, label in sorted(ticks, reverse=True):
-        width = _LETTER * max(map(len, label.split("\n"))) + 6
+        width = LETTER * max(map(len, label.split("\n"))) + 6
         if not kept or place(kept[-1][0]) - place(x) >= width:
             kept.append((x, label))
     return kept[::-1]
@@ -263,24 +277,9 @@ def _finite(values: Sequence[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _number(value: float) -> str:
-    text = f"{value:.1f}".removesuffix(".0")
-    return "0" if text == "-0" else text
-
-
 def _dash(number: int) -> str:
     """Lines that have the colour of an earlier one are dashed."""
     return " dashed" if number // COLOURS % 2 else ""
-
-
-def _text(x: float, y: float, words: str, kind: str, whole: str | None = None) -> Markup:
-    title = Markup("<title>{}</title>").format(whole) if whole is not None and whole != words else ""
-    return Markup('<text class="{}" x="{}" y="{}">{}{}</text>').format(kind, _number(x), _number(y), words, title)
-
-
-def _stroke(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    line = '<line class="{}" x1="{}" y1="{}" x2="{}" y2="{}"/>'
-    return Markup(line).format(kind, *map(_number, (x1, y1, x2, y2)))
 
 
 def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> Markup:
@@ -288,7 +287,7 @@ def _whisker(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> Mark
     across = (0.0, 3.5) if y1 == y2 else (3.5, 0.0)
     strokes = [(x1, y1, x2, y2)]
     strokes += [(x - across[0], y - across[1], x + across[0], y + across[1]) for x, y in ((x1, y1), (x2, y2))]
-    path = "".join(f"M{_number(a)} {_number(b)}L{_number(c)} {_number(d)}" for a, b, c, d in strokes)
+    path = "".join(f"M{short(a)} {short(b)}L{short(c)} {short(d)}" for a, b, c, d in strokes)
     return Markup('<path class="{}" d="{}"/>').format(f"whisker {kind}".strip(), path)
 
 
@@ -300,12 +299,17 @@ def _marker(x: float, y: float, number: int) -> Markup:
         [(x, y - 5.5), (x + 5.2, y + 4), (x - 5.2, y + 4)],
     )
     if number % 4 == 0:
-        return Markup('<circle class="point" cx="{}" cy="{}" r="4.5"/>').format(_number(x), _number(y))
-    corners = " ".join(f"{_number(a)},{_number(b)}" for a, b in shapes[number % 4 - 1])
+        return Markup('<circle class="point" cx="{}" cy="{}" r="4.5"/>').format(short(x), short(y))
+    corners = " ".join(f"{short(a)},{short(b)}" for a, b in shapes[number % 4 - 1])
     return Markup('<polygon class="point" points="{}"/>').format(corners)
 
 
-def _cut(words: str, room: float) -> str:
-    """Shortened to what fits."""
-    letters = max(8, int(room / _LETTER))
-    return words if len(words) <= letters else f"{words[: letters - 1].rstrip()}\u2026"
+def _dot(x: float, y: float) -> Markup:
+    return Markup('<circle class="point" cx="{}" cy="{}" r="2.4"/>').format(short(x), short(y))
+
+
+def _ring(x: float, y: float, words: str) -> Markup:
+    """Around a point, with its words above: to the right, where curves that fall leave room, if they fit."""
+    ring = Markup('<circle class="ring" cx="{}" cy="{}" r="8"/>').format(short(x), short(y))
+    fits = x + 8 + LETTER * len(words) <= WIDTH
+    return ring + text(x + 8 if fits else x + 4, y - 11, words, "head" if fits else "head end")

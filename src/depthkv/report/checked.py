@@ -6,8 +6,12 @@ import json
 import math
 from typing import Any
 
-from depthkv.errors import DepthKVError
+from depthkv.errors import DepthKVError, PlanError
 from depthkv.evaluate.intervals import Score
+from depthkv.plan import SharingPlan
+
+Matrix = tuple[tuple[float | None, ...], ...]
+"""A row for each layer and a column for each earlier one; None where there is no figure."""
 
 
 class CheckedObject:
@@ -91,6 +95,62 @@ class CheckedObject:
             difference_high=found.maybe_number("difference_high"),
             count=found.whole("count"),
         )
+
+    def share(self, key: str) -> float:
+        """A number from 0 to 1."""
+        value = self.values.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise self.wrong(key, "a number from 0 to 1")
+        return float(value)
+
+    def shares(self, key: str, count: int) -> tuple[float, ...]:
+        """As many numbers from 0 to 1."""
+        found = CheckedObject({f"{key}[{i}]": value for i, value in enumerate(self.sequence(key))}, self.place)
+        if len(found.values) != count:
+            raise DepthKVError(f"expected {self.path(key)} to be a list of {count} numbers, got {len(found.values)}")
+        return tuple(map(found.share, found.values))
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of texts."""
+        found = CheckedObject({f"{key}[{i}]": value for i, value in enumerate(self.sequence(key))}, self.place)
+        return tuple(map(found.text, found.values))
+
+    def layers(self, key: str, num_layers: int) -> tuple[int, ...]:
+        """Different layers of a model with `num_layers`, in the file's order."""
+        layers: dict[int, None] = {}
+        for i, layer in enumerate(self.sequence(key)):
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers or layer in layers:
+                expected = f"a layer from 0 to {num_layers - 1} that is not in the list yet"
+                raise DepthKVError(f"expected {self.path(key)}[{i}] to be {expected}, got {kind(layer)}")
+            layers[layer] = None
+        return tuple(layers)
+
+    def plan(self, key: str, num_layers: int) -> SharingPlan:
+        """One source for each layer."""
+        try:
+            plan = SharingPlan(self.sequence(key))
+        except PlanError as error:
+            raise DepthKVError(f"{self.path(key)}: {error}") from error
+        if plan.num_layers != num_layers:
+            raise self.wrong(key, f"a list of {num_layers} layers")
+        return plan
+
+    def matrix(self, key: str, size: int) -> Matrix:
+        """Numbers or null on and below the diagonal, null above it."""
+        rows = self.sequence(key)
+        if len(rows) != size:
+            raise DepthKVError(f"expected {self.path(key)} to be a list of {size} rows, got {len(rows)}")
+        found: list[tuple[float | None, ...]] = []
+        for i, row in enumerate(rows):
+            if not isinstance(row, list) or len(row) != size:
+                got = f"one of {len(row)}" if isinstance(row, list) else kind(row)
+                raise DepthKVError(f"expected {self.path(key)}[{i}] to be a list of {size} numbers or null, got {got}")
+            entries = CheckedObject({f"{key}[{i}][{j}]": value for j, value in enumerate(row)}, self.place)
+            for name in list(entries.values)[i + 1 :]:
+                if name in entries:
+                    raise entries.wrong(name, "null, since a layer reads no later one")
+            found.append(tuple(map(entries.maybe_number, entries.values)))
+        return tuple(found)
 
     def shown(self) -> dict[str, str]:
         """All entries as text for the page, nested ones by their path."""

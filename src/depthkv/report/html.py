@@ -20,13 +20,15 @@ from depthkv.report.parts import (
     Row,
     Section,
     Table,
+    change_words,
     fixed,
     headings,
     interval,
-    is_clear,
     per_cent,
     signed,
 )
+from depthkv.report.plan_reading import PlanFigures
+from depthkv.report.plan_sections import Plans, plan_sections, plan_words
 from depthkv.report.reading import ArmFigures, BenchFigures, EvaluationFigures
 from depthkv.report.runs import Runs
 from depthkv.report.speed import Benches, bench_words, speed_sections
@@ -35,6 +37,8 @@ from depthkv.report.suites import suite_sections
 if TYPE_CHECKING:
     import jinja2
 
+AnyFigures = EvaluationFigures | BenchFigures | PlanFigures
+"""What `read_figures` gives."""
 _FOLDER = Path(__file__).parent
 
 
@@ -48,7 +52,7 @@ class Page:
     """Its first sentence."""
 
 
-def build_page(files: Sequence[EvaluationFigures | BenchFigures], labels: Sequence[str] | None = None) -> Page:
+def build_page(files: Sequence[AnyFigures], labels: Sequence[str] | None = None) -> Page:
     """The page of some files. The same files and labels give the same page.
 
     Args:
@@ -64,22 +68,23 @@ def build_page(files: Sequence[EvaluationFigures | BenchFigures], labels: Sequen
         raise DepthKVError(f"expected a label for each of {len(files)} files, got {len(labels)}")
     runs: dict[str, EvaluationFigures] = {}
     benches: dict[str, BenchFigures] = {}
+    plans: dict[str, PlanFigures] = {}
     for i, figures in enumerate(files):
-        own: dict[str, Any] = runs if isinstance(figures, EvaluationFigures) else benches
+        own = _of_its_kind(figures, runs, benches, plans)
         label = _own_label(figures, own) if labels is None else labels[i]
         if label in own:
             raise DepthKVError(f"expected labels that are different, got {label!r} twice")
         own[label] = figures
-    sections = [*loss_sections(runs), *suite_sections(runs), *speed_sections(benches)]
-    sections += _about(runs, benches, _own_command(files, labels))
+    sections = [*plan_sections(plans), *loss_sections(runs), *suite_sections(runs), *speed_sections(benches)]
+    sections += _about(runs, benches, plans, _own_command(files, labels))
     models = dict.fromkeys(figures.model for figures in files)
-    sentence = verdict(runs, benches)
+    sentence = verdict(runs, benches, plans)
     html = _template().render(
         title=f"depthkv report: {', '.join(models)}",
         models=list(models),
         verdict=sentence,
-        facts=_facts(runs),
-        warnings=_warnings(runs),
+        facts=_facts(runs, plans),
+        warnings=_warnings(runs, plans),
         sections=sections,
         # our own file; it must not be escaped
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
@@ -102,9 +107,10 @@ def _template() -> jinja2.Template:
     ).get_template("page.html.jinja")
 
 
-def verdict(runs: Runs, benches: Benches) -> str:
+def verdict(runs: Runs, benches: Benches, plans: Plans) -> str:
     """One sentence from the figures."""
-    parts = _quality_words(runs)
+    parts = [*_quality_words(runs), *plan_words(plans)]
+    parts = [f"{part[0].upper()}{part[1:]}" if i == 0 else part for i, part in enumerate(parts)]
     speed = list(bench_words(benches))
     if speed:
         clause = ", ".join(speed)
@@ -152,7 +158,7 @@ def _clauses(runs: Runs, measures: Sequence[tuple[str, str, str, str, int]]) -> 
                 whose = f"{whose}, best of {len(arms)}: {best.label}".removeprefix(", ")
             full = runs[label].arms[0].scores[key]
             if len(runs) == 1:
-                changes.append(_change(unit, per, digits, best.scores[key], full, whose))
+                changes.append(change_words(best.scores[key], full, digits, unit, per, whose))
             else:
                 around = _around(best.scores[key], digits)
                 amount = f"{signed(best.scores[key].difference or 0.0, digits)} {around}".rstrip()
@@ -167,25 +173,16 @@ def _clauses(runs: Runs, measures: Sequence[tuple[str, str, str, str, int]]) -> 
     return [f"{clause[0].upper()}{clause[1:]}" if i == 0 else clause for i, clause in enumerate(clauses)]
 
 
-def _change(unit: str, per: str, digits: int, found: Score, full: Score, whose: str) -> str:
-    """Such as "rises by 0.12 nats [0.10, 0.14] per token, from 3.40 to 3.52"."""
-    difference = found.difference or 0.0
-    low, high = found.difference_low, found.difference_high
-    ends = f"from {fixed(full.value, digits)} to {fixed(found.value, digits)}"
-    ends += f" ({whose})" if whose else ""
-    if _around(found, digits) and not is_clear(found):
-        return f"changes by {signed(difference, digits)}{unit} {_around(found, digits)}{per}, {ends}, maybe by chance"
-    way = "rises" if difference > 0 else "falls"
-    if difference < 0 and low is not None and high is not None:
-        low, high = -high, -low
-    return f"{way} by {fixed(abs(difference), digits)}{unit} {interval(low, high, digits)}".rstrip() + f"{per}, {ends}"
-
-
 def _around(found: Score, digits: int) -> str:
     return interval(found.difference_low, found.difference_high, digits, sign=True)
 
 
-def _own_label(figures: EvaluationFigures | BenchFigures, taken: Mapping[str, object]) -> str:
+def _of_its_kind(figures: AnyFigures, runs: Runs, benches: Benches, plans: Plans) -> Any:
+    """The files that a file stands beside."""
+    return runs if isinstance(figures, EvaluationFigures) else plans if isinstance(figures, PlanFigures) else benches
+
+
+def _own_label(figures: AnyFigures, taken: Mapping[str, object]) -> str:
     """The model's name, with the file's where another has it, too."""
     label = figures.model
     if label in taken:
@@ -197,13 +194,16 @@ def _own_label(figures: EvaluationFigures | BenchFigures, taken: Mapping[str, ob
     return label
 
 
-def _own_command(files: Sequence[EvaluationFigures | BenchFigures], labels: Sequence[str] | None) -> str:
+def _own_command(files: Sequence[AnyFigures], labels: Sequence[str] | None) -> str:
     words = [word for label in labels or () for word in ("--label", label)]
     return shlex.join(["depthkv", "report", *(figures.file for figures in files), *words, "--out", "report.html"])
 
 
-def _facts(runs: Runs) -> str:
+def _facts(runs: Runs, plans: Plans) -> str:
     """What was measured on, in a line; empty where files differ in it."""
+    if not runs and len(plans) == 1:
+        settings = next(iter(plans.values())).settings
+        return f"Text: {settings['text']}; chosen on {settings['calibration text']}; {settings['dtype']}."
     found = list(dict.fromkeys(tuple(run.settings.items()) for run in runs.values()))
     if len(found) != 1:
         return ""
@@ -212,7 +212,7 @@ def _facts(runs: Runs) -> str:
     return f"Text: {settings['text']}, {held}; {settings['blocks of each text']}; {settings['dtype']}."
 
 
-def _warnings(runs: Runs) -> list[str]:
+def _warnings(runs: Runs, plans: Plans) -> list[str]:
     """What makes files hard to compare."""
     warnings = []
     keys = list(dict.fromkeys(key for run in runs.values() for key in run.settings))
@@ -224,15 +224,17 @@ def _warnings(runs: Runs) -> list[str]:
     if any(not run.held_out for run in runs.values()):
         warnings.append("Measured on all of the text: a model that was trained on it does better here than elsewhere.")
     losses = [arm.scores["loss"] for run in runs.values() for arm in run.arms[1:] if "loss" in arm.scores]
+    losses += [found.rules[0].loss for found in plans.values()]
     if any(score.difference_high is not None and score.difference_high < 0 for score in losses):
         warnings.append(BETTER_THAN_FULL)
     counts = [arm.scores["loss"] for run in runs.values() for arm in run.arms if "loss" in arm.scores]
+    counts += [found.rules[0].loss for found in plans.values()]
     if any(score.low != score.low for score in counts):
         warnings.append("Where an interval is missing, there was one document alone, which gives none.")
     return warnings
 
 
-def _about(runs: Runs, benches: Benches, own_command: str) -> list[Section]:
+def _about(runs: Runs, benches: Benches, plans: Plans, own_command: str) -> list[Section]:
     """Recipe, environment and commands."""
     sections = []
     recipes = {label: run.recipe for label, run in runs.items() if run.recipe}
@@ -241,15 +243,18 @@ def _about(runs: Runs, benches: Benches, own_command: str) -> list[Section]:
         table = _entries("Recipe", recipes)
         sections.append(Section(anchor="recipe", title="Recipe", intro=intro, parts=(table,)))
     columns: dict[str, Mapping[str, str]] = {}
+    for label, found in plans.items():
+        own = f"{label} (plan)" if runs or benches else label
+        columns[own] = {"model": found.model, **found.settings, **found.environment}
     for label, run in runs.items():
         columns[label] = {"model": run.model, **run.settings, **run.environment}
     for label, bench in benches.items():
-        columns[f"{label} (speed)" if runs else label] = {"model": bench.model, **bench.environment}
+        columns[f"{label} (speed)" if runs or plans else label] = {"model": bench.model, **bench.environment}
     table = _entries("Settings and environment", columns)
     sections.append(
         Section(anchor="environment", title="Environment", intro="What it was measured with.", parts=(table,))
     )
-    written = [run.command for run in runs.values()] + [bench.command for bench in benches.values()]
+    written = [found.command for kind in (plans, runs, benches) for found in kind.values()]
     commands = [command for command in dict.fromkeys(written) if command]
     intro = "The first commands write the JSON files that the last one reads." if commands else ""
     code = Code(caption="Commands", text="\n".join([*commands, own_command]))

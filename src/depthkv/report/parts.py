@@ -102,14 +102,25 @@ class Code:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Figures in large letters."""
+
+    entries: tuple[tuple[str, str, str], ...]
+    """Name, figure, and what stands below it."""
+    kind: str = "facts"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """Parts beside each other where there is room."""
 
     parts: tuple[Table | Chart, ...]
+    small: bool = False
+    """Two fit beside each other on a phone."""
     kind: str = "grid"
 
 
-AnyPart = Table | Chart | Texts | PlanPart | Code | Grid
+AnyPart = Table | Chart | Texts | PlanPart | Code | Facts | Grid
 """What a section holds; the page's template tells them apart by `kind`."""
 
 
@@ -164,6 +175,21 @@ def score_cell(score: Score | None, digits: int, unit: str = "") -> Cell:
         notes=tuple(note for note in notes if note),
         faint=score.difference is not None and not is_clear(score),
     )
+
+
+def change_words(found: Score, full: Score, digits: int, unit: str, per: str = "", whose: str = "") -> str:
+    """Such as "rises by 0.12 nats [0.10, 0.14] per token, from 3.40 to 3.52"."""
+    difference = found.difference or 0.0
+    low, high = found.difference_low, found.difference_high
+    ends = f"from {fixed(full.value, digits)} to {fixed(found.value, digits)}"
+    ends += f" ({whose})" if whose else ""
+    around = interval(low, high, digits, sign=True)
+    if around and not is_clear(found):
+        return f"changes by {signed(difference, digits)}{unit} {around}{per}, {ends}, maybe by chance"
+    way = "rises" if difference > 0 else "falls"
+    if difference < 0 and low is not None and high is not None:
+        low, high = -high, -low
+    return f"{way} by {fixed(abs(difference), digits)}{unit} {interval(low, high, digits)}".rstrip() + f"{per}, {ends}"
 
 
 def per_cent(share: float) -> str:

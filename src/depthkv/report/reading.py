@@ -1,4 +1,4 @@
-"""JSON files of `depthkv evaluate` and `depthkv bench`, checked key by key."""
+"""JSON files of `depthkv evaluate`, `depthkv bench` and `depthkv plan`, checked key by key."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from depthkv.errors import DepthKVError, PlanError
+from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
 from depthkv.report.checked import CheckedObject, kind
+from depthkv.report.plan_reading import PLAN_FORMAT, PlanFigures, plan_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
 HEALTH = ("repetition", "length", "ended", "same_prefix")
@@ -127,8 +128,8 @@ class BenchFigures:
     command: str
 
 
-def read_figures(path: str | os.PathLike[str]) -> EvaluationFigures | BenchFigures:
-    """Read a file that `depthkv evaluate --json` or `depthkv bench --json` wrote. Keys that it does not know are left.
+def read_figures(path: str | os.PathLike[str]) -> EvaluationFigures | BenchFigures | PlanFigures:
+    """Read a file that `--json` of `depthkv evaluate`, `bench` or `plan` wrote. Keys that it does not know are left.
 
     Raises:
         DepthKVError: no such file, no JSON, or a key that is missing or holds something else; names the file and key.
@@ -147,12 +148,14 @@ def read_figures(path: str | os.PathLike[str]) -> EvaluationFigures | BenchFigur
         top = CheckedObject(data, "")
         if data.get("format") == FORMAT:
             return _evaluation(top, name)
+        if data.get("format") == PLAN_FORMAT:
+            return plan_figures(top, name)
         if "format" not in data and "arms" in data:
             return _bench(top, name)
         got = (
             f"the format {data['format']!r}" if "format" in data else f"the keys {', '.join(list(data)[:8]) or 'none'}"
         )
-        raise DepthKVError(f"expected what evaluate --json or bench --json writes, got {got}")
+        raise DepthKVError(f"expected what --json of evaluate, bench or plan writes, got {got}")
     except DepthKVError as error:
         raise DepthKVError(f"{Path(path)}: {error}") from error
 
@@ -161,9 +164,7 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
     if top.values.get("version") != VERSION or isinstance(top.values["version"], bool):
         raise top.wrong("version", str(VERSION))
     num_layers = top.whole("num_layers", 1)
-    for i, name in enumerate(top.sequence("data")):
-        if not isinstance(name, str):
-            raise DepthKVError(f"expected data[{i}] to be text, got {kind(name)}")
+    data = top.texts("data")
     rows = top.objects("rows")
     full = top.object("full_cache") if "full_cache" in top else next((row for row in rows if _is_full(row)), None)
     if full is None:
@@ -177,10 +178,10 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
     return EvaluationFigures(
         file=file,
         model=top.text("model"),
-        data=tuple(top.sequence("data")),
+        data=data,
         held_out=top.flag("held_out"),
         settings={
-            "text": ", ".join(top.sequence("data")),
+            "text": ", ".join(data),
             "held out from training": "yes" if top.flag("held_out") else "no",
             "blocks of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
             "dtype": top.text("dtype"),
@@ -201,12 +202,7 @@ def _is_full(row: CheckedObject) -> bool:
 
 
 def _arm(row: CheckedObject, full: CheckedObject, num_layers: int) -> ArmFigures:
-    try:
-        plan = SharingPlan(row.sequence("kv_source_layers"))
-    except PlanError as error:
-        raise DepthKVError(f"{row.path('kv_source_layers')}: {error}") from error
-    if plan.num_layers != num_layers:
-        raise row.wrong("kv_source_layers", f"a list of {num_layers} layers")
+    plan = row.plan("kv_source_layers", num_layers)
     own = row.whole("kv_bytes_per_token") if "kv_bytes_per_token" in row else None
     share = row.number("retention")
     if "cache_fraction" in row:
