@@ -1,4 +1,4 @@
-"""The planner's plans against evenly spaced ones of equal bytes, on text that neither the model nor the planner has seen.
+"""The planner's plans against evenly spaced ones of equal bytes, on text that neither model nor planner has seen.
 
 For one model: calibrate on training documents, plan for several retentions, and measure every plan on held-out
 documents. One JSON line per retention and kind of sources is appended to --out, and a table printed.
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def table(row: dict[str, Any]) -> str:
-    """Losses over the full cache, and what share of the evenly spaced plan's excess is saved."""
+    """Losses over the full cache, and how much less that is than the evenly spaced plan's."""
     full, full_held = row["full_calibration"], row["full_held_out"]["value"]
     even = row["rules"]["evenly spaced, 0"]["held_out"]["value"] - full_held
     lines = [
@@ -141,8 +141,8 @@ def table(row: dict[str, Any]) -> str:
     for label, rule in row["rules"].items():
         held = rule["held_out"]["value"] - full_held
         lines.append(
-            f"  {label:34} {rule['leaders']:>3} predicted {rule['predicted']:+7.3f} corrected {rule['corrected']:+7.3f} "
-            f"calibration {rule['calibration'] - full:+7.3f} held out {held:+7.3f}, {1 - held / even:+6.1%} of even saved"
+            f"  {label:34} {rule['leaders']:>3} sum {rule['predicted']:+7.3f} model {rule['corrected']:+7.3f} "
+            f"calibration {rule['calibration'] - full:+7.3f} held out {held:+7.3f}, {1 - held / even:+6.1%} less"
         )
     lines.append(f"  {SharingPlan(row['rules']['planner']['kv_source_layers']).diagram()}")
     return "\n".join(lines)

@@ -16,8 +16,9 @@ MEASURES = (
     "value_cka",
     "value_cosine",
     "value_r2",
-    "key_distance",
+    "kv_distance",
     "output_cosine",
+    "output_error",
 )
 FULL_LOSS = 3.4
 
@@ -137,7 +138,7 @@ def _pairs(num_layers: int, kinds: int, value: Any) -> list[list[float | None]]:
 
 
 def _similarity(name: str, num_layers: int, kinds: int, rng: random.Random) -> list[list[float | None]]:
-    if name == "key_distance":
+    if name in ("kv_distance", "output_error"):
         return _pairs(
             num_layers, kinds, lambda i, j: 40 * (i != j) * (1 - math.exp(-(i - j) / 8)) * rng.uniform(0.9, 1.1)
         )

@@ -169,7 +169,7 @@ class Probe(Patches):
 
     def _keys_of_fused(self, output: torch.Tensor, kv_heads: int, head_dim: int) -> torch.Tensor:
         if self._decoder.family.fused_layout == "heads":
-            return output.unflatten(-1, (kv_heads, 3, head_dim))[..., 1, :]
+            return output.view(*output.shape[:-1], kv_heads, 3, head_dim)[..., 1, :]
         size = kv_heads * head_dim
         return output[..., -2 * size : -size]
 

@@ -258,7 +258,7 @@ class Calibrator:
 
     @contextmanager
     def with_own_kv(self) -> Iterator[None]:
-        """Every layer reads its own keys and values, as it runs under a plan: an adapter that belongs to sharing is on."""
+        """Every layer reads its own keys and values; an adapter that belongs to sharing is on, as under a plan."""
         with self._evaluating(), Probe(self.model) as probe, probe.recording():
             yield
 

@@ -1,4 +1,4 @@
-"""What was measured on a model and a text, in one JSON file: it is the state of a run that was stopped, and its result."""
+"""What was measured on a model and a text, in one JSON file: the state of a run that was stopped, and its result."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ class Calibration:
     """[l][j]: only layer l reads another layer, which is j."""
     plan_losses: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
     """By `kv_source_layers`: of plans that were measured on the same blocks."""
+    searches: dict[str, int] = field(default_factory=dict)
+    """By a search's key: how many plans had been measured when it began, so that it can be taken up again."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By phase: similarity, outputs, costs, plans."""
 
@@ -199,6 +201,7 @@ def _checked(data: Any) -> Calibration:
             int(layer): {int(source): _numbers(losses) for source, losses in row.items()}
             for layer, row in data["cost_losses"].items()
         },
+        searches={_text(key): int(count) for key, count in data["searches"].items()},
         seconds={_text(name): float(value) for name, value in data["seconds"].items()},
     )
     size = found.num_layers
@@ -237,7 +240,7 @@ def _matrix(rows: Any, size: int) -> Matrix:
 
 
 def kind_names(kinds: Sequence[LayerKind]) -> list[str]:
-    """Names that are equal where the kinds are; two kinds that read alike, such as by their rotary bases, get numbers."""
+    """Names that are equal where the kinds are; kinds that read alike, such as by their rotary bases, get numbers."""
     different = list(dict.fromkeys(kinds))
     words = [str(kind) for kind in different]
     names = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from depthkv.calibrate import Calibration, Calibrator
+from depthkv.calibrate.run import Bar, no_bar
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score, score
 from depthkv.plan import SharingPlan
@@ -21,6 +23,10 @@ from depthkv.planner.rules import distance_of, evenly_spaced, least_distance, pa
 from depthkv.planner.search import Found, search
 
 THIS_PLAN, EVEN = "this plan", "evenly spaced"
+_KNOWN_STARTS = 3
+"""Plans of earlier searches that a search begins with."""
+_MOST_KNOWN = 400
+"""Plans of earlier searches that inform the model: its work grows with the cube of their number."""
 RESAMPLES = 1000
 """Bootstrap samples of the calibration documents."""
 
@@ -49,12 +55,7 @@ class Planned:
 
 
 def make_plan(
-    calibrator: Calibrator,
-    problem: Problem,
-    *,
-    evaluations: int,
-    seed: int = 0,
-    advance: Callable[[int], None] | None = None,
+    calibrator: Calibrator, problem: Problem, *, evaluations: int, seed: int = 0, bar: Bar = no_bar
 ) -> Planned:
     """Choose a plan by what was calibrated and by measuring more plans.
 
@@ -63,7 +64,7 @@ def make_plan(
         problem: what the plan must obey.
         evaluations: plans to measure beyond those of the rules.
         seed: of the proposals and of the random rival.
-        advance: called with 1 after each plan that was measured.
+        bar: shows progress.
 
     Raises:
         PlanError: nothing obeys the problem.
@@ -77,19 +78,21 @@ def make_plan(
     start = [exact_plan(problem, cost), *even, *(plan for _, plan in rivals)]
     if problem.any_source:
         start.insert(1, problem.assign(start[0].leaders, cost))
-    found = search(
-        problem,
-        cost,
-        start,
-        lambda plan: calibrator.plan_loss(plan) - full,
-        evaluations=evaluations,
-        known=[
-            Measured(plan=SharingPlan(sources), increase=math.fsum(losses) / len(losses) - full)
-            for sources, losses in sorted(calibration.plan_losses.items())
-        ],
-        seed=seed,
-        advance=advance or (lambda done: None),
-    )
+    known = _known(calibration, problem, full, seed)
+    ranked = sorted(known, key=lambda entry: problem.objective(entry.plan, entry.increase))
+    start += [entry.plan for entry in ranked if problem.allows(entry.plan)][:_KNOWN_STARTS]
+    start = [plan for plan in dict.fromkeys(start) if problem.allows(plan)]
+    with bar("measuring plans", len(start) + evaluations) as advance:
+        found = search(
+            problem,
+            cost,
+            start,
+            lambda plan: calibrator.plan_loss(plan) - full,
+            evaluations=evaluations,
+            known=known[-_MOST_KNOWN:],
+            seed=seed,
+            advance=advance,
+        )
     calibrator.save()
     # every evenly spaced plan was measured: the best of them is the one to beat
     best_even = min((p for p in even if problem.allows(p)), key=calibrator.plan_loss, default=even[0])
@@ -105,6 +108,17 @@ def make_plan(
         rivals=tuple(rivals),
         certainty=how_sure(problem, calibration, found.plan, even[0], list(plans), seed),
     )
+
+
+def _known(calibration: Calibration, problem: Problem, full: float, seed: int) -> list[Measured]:
+    """Plans that were measured before this search began; a search that goes on after a stop finds the same ones."""
+    search_for = (problem.budget, problem.required, problem.stages, problem.prefill_weight, problem.any_source, seed)
+    key = hashlib.sha256(repr(search_for).encode()).hexdigest()[:16]
+    first = calibration.searches.setdefault(key, len(calibration.plan_losses))
+    return [
+        Measured(plan=SharingPlan(sources), increase=math.fsum(losses) / len(losses) - full)
+        for sources, losses in list(calibration.plan_losses.items())[:first]
+    ]
 
 
 def forbid(problem: Problem, cost: torch.Tensor) -> torch.Tensor:

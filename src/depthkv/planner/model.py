@@ -55,6 +55,7 @@ class CostModel:
     """
 
     def __init__(self, cost: torch.Tensor, measured: Sequence[Measured], scales: Scales | None = None) -> None:
+        self.measured = tuple(measured)
         self._cost = cost
         self._size = len(cost)
         target = torch.tensor([entry.increase for entry in measured], dtype=torch.float64)
@@ -118,7 +119,7 @@ class CostModel:
         best = {"pair": unit, "reader": unit, "distance": unit, "noise": noises[1]}
         for _ in range(2):
             for name, choices in values.items():
-                best[name] = max(choices, key=lambda value: self._likelihood(Scales(**{**best, name: value})))  # noqa: B023
+                best[name] = max(choices, key=lambda value: self._likelihood(Scales(**{**best, name: value})))
         return Scales(**best)
 
     def _likelihood(self, scales: Scales) -> float:
@@ -133,7 +134,8 @@ class CostModel:
         return torch.linalg.cholesky(gram + diagonal * torch.eye(len(gram), dtype=torch.float64))
 
     def _table(self, costs: torch.Tensor) -> torch.Tensor:
-        return torch.where(self._cost.isfinite(), costs, self._cost).fill_diagonal_(0.0)
+        table: torch.Tensor = torch.where(self._cost.isfinite(), costs, self._cost).fill_diagonal_(0.0)
+        return table
 
 
 def _pairs(plan: SharingPlan, size: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from depthkv.plan import SharingPlan
@@ -31,7 +33,7 @@ def nested_plans(problem: Problem, cost: torch.Tensor, through: SharingPlan) -> 
 def given_up(plans: list[SharingPlan]) -> list[int]:
     """The leaders in the order in which nested plans give them up."""
     order = []
-    for larger, smaller in zip(plans, plans[1:], strict=False):
+    for larger, smaller in pairwise(plans):
         (layer,) = set(larger.leaders) - set(smaller.leaders)
         order.append(layer)
     return order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,10 +51,11 @@ class Budget:
         """At most `limit` bytes for `batch` sequences of `context` tokens. A sliding layer costs its window only."""
         kinds = layer_kinds(config)
         sequences = "1 sequence" if batch == 1 else f"{batch} sequences"
+        of = "per token" if context == batch == 1 else f"for {sequences} of {context:,} tokens"
         return cls(
             leader_bytes=tuple(batch * layer_cache_bytes(kind, dtype, context) for kind in kinds),
             max_bytes=limit,
-            words=f"{format_bytes(limit)} for {sequences} of {context:,} tokens",
+            words=f"{format_bytes(limit)} {of}",
         )
 
 
@@ -147,7 +149,7 @@ class Problem:
         return self.any_source or sources == self.nearest(plan.leaders).kv_source_layers
 
     def nearest(self, leaders: Iterable[int]) -> SharingPlan:
-        """Followers read the nearest leader below them, which lies in their stage since the first of each kind leads."""
+        """Followers read the nearest leader below them; it is in their stage, whose first layer of each kind leads."""
         return SharingPlan.from_leaders(leaders, self.num_layers, self.kinds)
 
     def assign(self, leaders: Iterable[int], cost: torch.Tensor) -> SharingPlan:
@@ -184,11 +186,26 @@ class Problem:
         return f"where they take {format_bytes(self.bytes(self.required))}"
 
 
-def even_stages(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """First layers of stages of equal size, the later ones longer where the layers do not divide."""
-    if not 1 <= num_stages <= num_layers:
-        raise PlanError(f"expected from 1 to {num_layers} pipeline stages, got {num_stages}")
-    return tuple(i * num_layers // num_stages for i in range(num_stages))
+def stage_starts(text: str, num_layers: int) -> tuple[int, ...]:
+    """First layers of pipeline stages: from their number ("4": of equal size, the later ones longer where the layers do
+    not divide), or from the layers of each ("8,8,7,7").
+
+    Raises:
+        PlanError: stages that do not make up the model.
+    """
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(
+            f"expected pipeline stages as a number or as layers of each, such as 8,8,7,7, got {text!r}"
+        ) from None
+    if len(sizes) == 1:
+        if not 1 <= sizes[0] <= num_layers:
+            raise PlanError(f"expected from 1 to {num_layers} pipeline stages, got {sizes[0]}")
+        return tuple(i * num_layers // sizes[0] for i in range(sizes[0]))
+    if min(sizes) < 1 or sum(sizes) != num_layers:
+        raise PlanError(f"expected pipeline stages of {num_layers} layers together, got {text}: {sum(sizes)}")
+    return tuple(accumulate(sizes[:-1], initial=0))
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Plans that need no measured losses: evenly spaced, random, and what similarity alone would choose. To compare with."""
+"""Plans to compare with, which need no measured losses: evenly spaced, random, what similarity alone would choose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def evenly_spaced(problem: Problem) -> list[SharingPlan]:
     """As many leaders of each kind as the budget allows, evenly spaced: first as `SharingPlan.for_retention` and the
     paper space them (arXiv:2604.22782, section 4), then the same with all leaders but the first shifted by some layers.
 
-    Those that obey the problem; where layers to keep or pipeline stages allow none, one that is as even as they leave it.
+    Those that obey the problem; where layers to keep or pipeline stages allow none, one as even as they leave it.
     """
     counts = _even_counts(problem)
     plans: list[SharingPlan] = []
@@ -84,7 +84,7 @@ def random_plan(problem: Problem, seed: int = 0) -> SharingPlan:
 
 
 def least_distance(problem: Problem, distance: torch.Tensor) -> SharingPlan:
-    """What a cheap measure alone would choose: `exact_plan` with a distance, `[layers, layers]`, in the cost's place."""
+    """What a cheap measure alone would choose: `exact_plan` with a distance, `[layers, layers]`, as the cost."""
     return exact_plan(problem, distance)
 
 

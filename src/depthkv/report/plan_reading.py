@@ -17,11 +17,12 @@ SIMILARITIES = (
     "key_cka",
     "key_cosine",
     "key_r2",
-    "key_distance",
+    "kv_distance",
     "value_cka",
     "value_cosine",
     "value_r2",
     "output_cosine",
+    "output_error",
 )
 
 

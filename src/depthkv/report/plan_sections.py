@@ -34,11 +34,12 @@ _MAPS = {
     "key_cka": "Keys, CKA",
     "key_cosine": "Keys, cosine",
     "key_r2": "Keys, R\u00b2",
-    "key_distance": "Keys, distance",
+    "kv_distance": "Keys and values, distance",
     "value_cka": "Values, CKA",
     "value_cosine": "Values, cosine",
     "value_r2": "Values, R\u00b2",
     "output_cosine": "Outputs, cosine",
+    "output_error": "Outputs, error",
 }
 _LEADS = ((box_swatch("bar"), "leads in the chosen plan"), (box_swatch("rest"), "reads another there"))
 
@@ -254,7 +255,7 @@ def _similarity(found: PlanFigures) -> Section | None:
     maps = []
     for key, values in found.similarity.items():
         # a distance is small where layers are alike, and alike is bright everywhere
-        scale = scale_of(values, falling=key == "key_distance")
+        scale = scale_of(values, falling=key == "kv_distance")
         if scale is not None:
             title = f"{_MAPS[key]}: from {figure(scale.low)} to {figure(scale.high)}"
             maps.append(Chart(svg=layer_map(values, scale, title=title, small=True), caption=_MAPS[key]))

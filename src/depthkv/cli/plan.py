@@ -1,0 +1,278 @@
+"""`depthkv plan`: which layers keep their cache, found from the model and text, for a stated budget."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from depthkv.architectures import LayerKind
+from depthkv.calibrate import Calibrator
+from depthkv.checkpoint import load
+from depthkv.cli import inputs
+from depthkv.cli.inputs import count, json_path, naming, not_negative, option
+from depthkv.cli.output import command_line, console, progress_bar, show, table, waiting, write_json
+from depthkv.data import Document, named_blocks, resolve_data, split_documents
+from depthkv.errors import DataError, DepthKVError
+from depthkv.evaluate.perplexity import perplexity, spread
+from depthkv.machine import environment
+from depthkv.memory import format_bytes, parse_bytes
+from depthkv.plan import SharingPlan
+from depthkv.planner import Budget, Planned, Problem, make_plan
+from depthkv.planner.figures import plan_figures, sizes_to_measure
+from depthkv.planner.problem import stage_starts
+from depthkv.sharing import share
+
+
+def plan_command(
+    model: inputs.Model,
+    data: inputs.Texts,
+    out: Annotated[Path, option("--out", json_path, "FILE", "The plan, such as plan.json.")],
+    retention: Annotated[
+        float | None, option("--retention", inputs.retention_value, "R", "Keep this share of the layers of each kind.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None, typer.Option("--kv-budget", metavar="SIZE", help="Bytes of the cache, such as 2GiB.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory of one device: the cache gets what weights leave."),
+    ] = None,
+    context: Annotated[
+        int | None, option("--context", count, "N", "Tokens per sequence.  [default: 1, bytes per token]")
+    ] = None,
+    batch: Annotated[int, option("--batch", count, "N", "Sequences.")] = 1,
+    keep: Annotated[
+        list[int] | None, option("--keep", inputs.count_or_none, "LAYER...", "Layers that must keep their cache.")
+    ] = None,
+    pipeline_stages: Annotated[
+        str | None,
+        typer.Option(
+            "--pipeline-stages", metavar="N|N,N,...", help="Stages, or the layers of each: none reads across stages."
+        ),
+    ] = None,
+    prefill_weight: Annotated[
+        float,
+        option(
+            "--prefill-weight",
+            not_negative,
+            "NATS",
+            "What running all layers for the prompt counts as: favours leaders in the lower layers.",
+        ),
+    ] = 0.0,
+    any_source: Annotated[
+        bool, typer.Option("--any-source", help="Followers may read any earlier leader, not the nearest alone.")
+    ] = False,
+    evaluations: Annotated[
+        int, option("--evaluations", inputs.count_or_none, "N", "Plans to measure beyond those of simple rules.")
+    ] = 60,
+    calibration: Annotated[
+        Path | None,
+        option("--calibration", json_path, "FILE", "Keeps the measurements.  [default: OUT with .calibration.json]"),
+    ] = None,
+    blocks: Annotated[int, option("--blocks", count, "N", "Training blocks on which layers are compared.")] = 64,
+    cost_blocks: Annotated[int, option("--cost-blocks", count, "N", "Of these, on which losses are measured.")] = 8,
+    held_out_blocks: Annotated[int, option("--held-out-blocks", count, "N", "To compare rules of choice on.")] = 16,
+    block_size: inputs.BlockSize = 512,
+    batch_size: inputs.BatchSize = 4,
+    seed: inputs.Seed = 0,
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = "auto",
+    json_file: inputs.Json = None,
+) -> None:
+    """Choose the layers that keep their cache, by measuring the model on training documents of DATA.
+
+    One of --retention, --kv-budget and --memory is the budget. After Ctrl-C or a kill the same command goes on where it
+    stopped, and another budget needs no new calibration with the same --calibration. `depthkv report` draws the JSON.
+    """
+    sizes = {"--kv-budget": _size("--kv-budget", kv_budget), "--memory": _size("--memory", memory)}
+    if sum(value is not None for value in (retention, kv_budget, memory)) != 1:
+        raise DepthKVError("expected one of --retention, --kv-budget and --memory")
+    if retention is not None and (context is not None or batch != 1):
+        raise DepthKVError("expected --context and --batch with --kv-budget or --memory, got --retention")
+    if memory is not None and context is None:
+        raise DepthKVError("expected --context with --memory, got none")
+    path = calibration or out.with_name(f"{out.stem}.calibration.json")
+    _require_different({"--out": out, "--calibration": path, "--json": json_file})
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        inputs.require_positions(config, block_size, "--block-size")
+    texts = {name: _documents(name) for name in dict.fromkeys(data)}
+    with waiting(f"loading {model}"):
+        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
+        training = _blocks(texts, 0, tokenizer, block_size, blocks)
+        held_out, held_out_documents = _blocks(texts, 1, tokenizer, block_size, held_out_blocks)
+    with naming(model):
+        problem = Problem(
+            kinds=kinds,
+            budget=_budget(config, loaded.dtype, retention, sizes, context, batch),
+            keep=frozenset(keep or ()),
+            stages=stage_starts(pipeline_stages, len(kinds)) if pipeline_stages else (0,),
+            prefill_weight=prefill_weight,
+            any_source=any_source,
+        )
+        _require_choice(problem, kinds)
+        calibrator = Calibrator(
+            loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=progress_bar
+        )
+        try:
+            calibrator.measure_similarity()
+            calibrator.measure_outputs()
+            calibrator.measure_costs()
+            planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=progress_bar)
+            losses = _compare(calibrator, planned, held_out, batch_size)
+        finally:
+            calibrator.save()
+        figures = {
+            "model": model,
+            "data": list(texts),
+            "command": command_line(),
+            "environment": environment(next(loaded.parameters()).device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "seed": seed,
+            "budget": {"words": problem.budget.words, "context": context, "batch": batch, "retention": retention},
+            **plan_figures(planned, calibrator, config, losses, held_out_documents, seed),
+        }
+    _with_provenance(planned, figures).save(out)
+    write_json(json_file, figures)
+    _show(figures, planned.plan, out)
+
+
+def _size(name: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except DepthKVError as error:
+        raise DepthKVError(f"{name}: {error}") from error
+
+
+def _require_different(paths: dict[str, Path | None]) -> None:
+    seen: dict[str, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        if real in seen:
+            raise DepthKVError(f"{name}: expected another file than {seen[real]}, got {path}")
+        seen[real] = name
+
+
+def _budget(
+    config: Any,
+    dtype: torch.dtype,
+    retention: float | None,
+    sizes: dict[str, int | None],
+    context: int | None,
+    batch: int,
+) -> Budget:
+    if retention is not None:
+        return Budget.of_retention(retention, config, dtype)
+    limit = sizes["--kv-budget"]
+    if limit is None:
+        from depthkv.memory import device_room
+
+        memory = sizes["--memory"]
+        assert memory is not None and context is not None
+        limit = device_room(config, dtype, memory, context, batch)
+    return Budget.of_bytes(limit, config, dtype, context=context or 1, batch=batch)
+
+
+def _require_choice(problem: Problem, kinds: tuple[LayerKind, ...]) -> None:
+    if len(set(kinds)) == len(kinds):
+        raise DepthKVError("expected layers that can share, got a model in which every layer is of another kind")
+    if problem.affords(range(problem.num_layers)):
+        raise DepthKVError(
+            f"expected a budget below the full cache's, got {problem.budget.words}, which all layers' caches fit into"
+        )
+
+
+def _documents(name: str) -> tuple[list[Document], list[Document]]:
+    with naming(name):
+        return split_documents(resolve_data(name, progress=show))
+
+
+def _blocks(
+    texts: dict[str, tuple[list[Document], list[Document]]], part: int, tokenizer: Any, block_size: int, wanted: int
+) -> tuple[torch.Tensor, list[str]]:
+    """Blocks of all texts, as many of each, and their documents: of the training part (0) or the held-out one (1)."""
+    found, names = [], []
+    for name, parts in texts.items():
+        try:
+            blocks, documents = named_blocks(parts[part], tokenizer, block_size)
+        except DataError as error:
+            which = "the tenth that is held out" if part else "the rest, of which a tenth is held out"
+            raise DataError(f"--data {name}: {error} (in {which})") from error
+        chosen = spread(len(blocks), max(1, wanted // len(texts)))
+        found.append(blocks[chosen])
+        names += [documents[i] if len(texts) == 1 else f"{name}: {documents[i]}" for i in chosen]
+    return torch.cat(found), names
+
+
+def _compare(
+    calibrator: Calibrator, planned: Planned, blocks: torch.Tensor, batch_size: int
+) -> dict[SharingPlan, tuple[float, ...]]:
+    """Held-out losses of the plan, its rivals and the full cache; calibration losses of some nested plans, too."""
+    sizes = sizes_to_measure(planned)
+    rivals = list(dict.fromkeys([planned.plan, *(plan for _, plan in planned.rivals)]))
+    losses = {}
+    with progress_bar("comparing plans", len(sizes) + 2 * len(rivals) + 1) as advance:
+        for plan in (*sizes, *rivals):
+            calibrator.plan_loss(plan)
+            advance(1)
+        with calibrator.with_own_kv():
+            full = perplexity(calibrator.model, blocks, batch_size=batch_size)
+        losses[SharingPlan.full(planned.problem.num_layers)] = full.block_losses
+        advance(1)
+        for plan in rivals:
+            with share(calibrator.model, plan):
+                losses[plan] = perplexity(calibrator.model, blocks, batch_size=batch_size).block_losses
+            advance(1)
+    return losses
+
+
+def _with_provenance(planned: Planned, figures: dict[str, Any]) -> SharingPlan:
+    kept = ("model", "data", "seed", "predicted_loss", "measured_loss", "full_loss", "order")
+    provenance = {"made_by": figures["command"], "budget": figures["budget"]["words"]}
+    return SharingPlan(planned.plan.kv_source_layers, provenance | {key: figures[key] for key in kept})
+
+
+def _show(figures: dict[str, Any], plan: SharingPlan, out: Path) -> None:
+    printed = console()
+    full, rows = figures["full_loss"], figures["comparison"]
+    title = f"{figures['model']}: {len(plan.leaders)} of {plan.num_layers} layers keep a cache"
+    printed.print(f"{title}, for a budget of {figures['budget']['words']}", style="bold", markup=False, soft_wrap=True)
+    printed.print(plan.diagram(), markup=False, soft_wrap=True)
+    printed.print(
+        f"{format_bytes(figures['kv_bytes_per_token'])} per token instead of "
+        f"{format_bytes(figures['full_kv_bytes_per_token'])}\n",
+        soft_wrap=True,
+    )
+    cells = []
+    for row in rows:
+        held, against = row["loss_score"], row["against_even"]
+        interval = (
+            ""
+            if against["low"] is None or against["low"] != against["low"]
+            else (f" [{against['low']:+.3f}, {against['high']:+.3f}]")
+        )
+        cells.append(
+            [
+                row["label"],
+                str(len(row["leaders"])),
+                f"{full + row['sum_of_costs']:.3f}",
+                f"{row['predicted_loss']:.3f}",
+                f"{row['measured_loss']:.3f}",
+                f"{held['value']:.3f}",
+                f"{against['difference']:+.3f}{interval}",
+            ]
+        )
+    headings = ["how the layers were chosen", "kept", "sum of costs", "predicted", "measured", "held out"]
+    printed.print(table([*headings, "against evenly spaced [95 %]"], cells, "Loss, nats per token"))
+    printed.print(f"full cache: {full:.3f} measured, {figures['held_out_full']['value']:.3f} held out", soft_wrap=True)
+    if (sure := figures["certainty"]) is not None:
+        better = sure["better_than_even"]
+        words = "" if better is None else f"better than evenly spaced in {better:.0%}, "
+        printed.print(f"on documents drawn anew: {words}the same plan in {sure['same_plan']:.0%}", soft_wrap=True)
+    printed.print(f"{out}: leaders are given up in the order {figures['order']}", markup=False, soft_wrap=True)
