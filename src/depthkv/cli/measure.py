@@ -120,7 +120,7 @@ def _compared(cost: PlanCost, full: PlanCost, context: int) -> str:
     if cost.sequences == 0:
         return f"no sequence of {context:,} tokens fits" + (f", but {longer} do" if cost.longest_context else "")
     if cost.sequences_ratio is None:
-        many = f"{cost.sequences:,} sequences, where the full cache has room for none"
+        many = f"{cost.sequences:,} sequence{'s' * (cost.sequences != 1)}, where the full cache has room for none"
     elif cost.sequences == full.sequences:
         many = f"as many sequences ({cost.sequences:,})"
     else:
