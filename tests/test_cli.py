@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, MistralConfig, T5Config
 
 import depthkv.cli
 from depthkv import SharingPlan, load, share
@@ -80,11 +80,83 @@ def test_inspect_a_bare_config(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert full["cache_bytes"] == 40 * 2**30 and half["cache_bytes"] == 20 * 2**30
     assert quarter["cache_bytes"] == 10 * 2**30
     assert found["kv_bytes_per_token"] == 2 * 80 * 8 * 128 * 2
-    room = 192 * 2**30 - found["weight_bytes"]
-    assert full["sequences"] == room // (40 * 2**30) and half["sequences"] == room // (20 * 2**30) > full["sequences"]
-    assert full["longest_context"] == room // found["kv_bytes_per_token"]
-    shown = capsys.readouterr().out
+    beside_weights = 192 * 2**30 - found["weight_bytes"]
+    room = beside_weights - full["activation_bytes"]
+    assert 0 < room < beside_weights
+    assert full["sequences"] == room // (40 * 2**30) == 0 and half["sequences"] == room // (20 * 2**30) == 1
+    assert quarter["sequences"] == 3 and full["sequences_ratio"] is None and quarter["sequences_ratio"] is None
+    shown = " ".join(capsys.readouterr().out.split())
     assert "40.00 GiB" in shown and "20.00 GiB" in shown and "70.6 billion" in shown
+    assert "half: with this plan 1 sequence, where the full cache has room for none, or " in shown
+
+
+def test_inspect_says_what_a_plan_makes_room_for(
+    tmp_path: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = seventy_billion(tmp_path)
+    SharingPlan.every(4, 80).save(plan_file)
+    options = ("--context", 8192, "--plan", plan_file, "--json", tmp_path / "o.json")
+    assert run("inspect", config, "--memory", "160GiB", *options) == 0
+    found = figures(tmp_path / "o.json")
+    full, quarter = found["plans"]
+    room = 160 * 2**30 - found["weight_bytes"] - full["activation_bytes"]
+    assert full["activation_bytes"] == quarter["activation_bytes"] > 0
+    assert full["sequences"] == room // full["cache_bytes"] and quarter["sequences"] == room // quarter["cache_bytes"]
+    assert full["sequences_ratio"] == full["context_ratio"] == 1
+    assert quarter["sequences_ratio"] == quarter["sequences"] / full["sequences"] > 3.9
+    assert quarter["context_ratio"] == quarter["longest_context"] / full["longest_context"] > 1.5
+    for row in found["plans"]:
+        for tokens, fits in ((row["longest_context"], True), (row["longest_context"] + 1, False)):
+            assert run("inspect", config, *options[2:], "--context", tokens) == 0
+            one = figures(tmp_path / "o.json")["plans"][found["plans"].index(row)]
+            assert (one["cache_bytes"] + one["activation_bytes"] <= 160 * 2**30 - found["weight_bytes"]) == fits
+    assert (
+        f"plan.json: with this plan {quarter['sequences_ratio']:.1f}x more sequences ({quarter['sequences']} instead "
+        f"of {full['sequences']}), or {quarter['longest_context']:,} instead of {full['longest_context']:,} tokens"
+    ) in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_without_room(model: Path, plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model, "--plan", plan_file, "--memory", "1KiB", "--json", tmp_path / "o.json") == 0
+    for row in figures(tmp_path / "o.json")["plans"]:
+        assert row["sequences"] == row["longest_context"] == 0
+        assert row["sequences_ratio"] is row["context_ratio"] is None
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"plan.json: no sequence of {POSITIONS:,} tokens fits The weights alone need more." in shown
+    # less than the positions that the model has, but more than nothing
+    assert run("inspect", model, "--plan", plan_file, "--memory", "128KiB", "--json", tmp_path / "o.json") == 0
+    full, half = figures(tmp_path / "o.json")["plans"]
+    assert half["sequences"] == 0 and half["longest_context"] > full["longest_context"] > 0
+    longer = f"{half['longest_context']:,} instead of {full['longest_context']:,} tokens do"
+    assert f"no sequence of {POSITIONS:,} tokens fits, but {longer}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_counts_no_weights_that_it_does_not_know(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("depthkv.inspect_model.num_parameters", lambda config: None)
+    options = ("--context", 64, "--json", tmp_path / "o.json")
+    assert run("inspect", model, "--memory", "1MiB", *options) == 0
+    found = figures(tmp_path / "o.json")
+    full = found["plans"][0]
+    assert found["weight_bytes"] is None
+    assert full["sequences"] == (2**20 - full["activation_bytes"]) // full["cache_bytes"] > 0
+    assert "but not the weights, which are unknown" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = MistralConfig(num_hidden_layers=4, sliding_window=256, architectures=["MistralForCausalLM"])
+    config.save_pretrained(tmp_path)
+    options = ("--context", 1024, "--dtype", "bfloat16", "--memory", "6GiB", "--json", tmp_path / "o.json")
+    assert run("inspect", tmp_path, *options) == 0
+    full, half, _ = figures(tmp_path / "o.json")["plans"]
+    # a follower holds neither its window nor K and V of the whole prompt
+    assert full["activation_bytes"] - half["activation_bytes"] == 2 * (1024 - 255) * full["kv_bytes_per_token"] // 4
+    assert half["cache_bytes"] == full["cache_bytes"] // 2 == 255 * half["kv_bytes_per_token"]
+    # the whole prompt has to fit, although the cache is bounded
+    assert 1024 < full["longest_context"] < half["longest_context"] < 2**20
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "All layers have windows: what is written after such a prompt needs no more memory." in shown
 
 
 def test_inspect_shows_what_cannot_share(tmp_path: Path) -> None:
@@ -392,6 +464,12 @@ BAD_INPUT: dict[str, tuple[Case, str]] = {
     "latent attention": (lambda m, t, d: ["inspect", config_of(mla_config(), d)], "latent"),
     "not a gguf file": (lambda m, t, d: ["inspect", written(d / "x.gguf", "GGML")], "x.gguf"),
     "bad memory": (lambda m, t, d: ["inspect", m, "--memory", "24 parsecs"], "--memory"),
+    "no memory": (lambda m, t, d: ["inspect", m, "--memory", "0GiB"], "--memory"),
+    "endless memory": (lambda m, t, d: ["inspect", m, "--memory", "1e999GiB"], "--memory"),
+    "memory and a plan for other layers": (
+        lambda m, t, d: ["inspect", m, "--memory", "1GiB", "--plan", plan_with(d, plan_json(kv_source_layers=[0, 0]))],
+        "4 layers, got one for 2",
+    ),
     "negative context": (lambda m, t, d: ["inspect", m, "--context", "-1"], "--context"),
     "unknown command": (lambda m, t, d: ["compress", m], "compress"),
     "unknown option": (lambda m, t, d: ["inspect", m, "--colour", "red"], "--colour"),

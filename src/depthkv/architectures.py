@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a decoder keeps the parts that sharing touches; names are attributes of transformers' modules."""
+    """Where a decoder keeps the parts that sharing touches, and what its MLP holds in memory.
+
+    Names are attributes of transformers' modules.
+    """
 
     layers: str = "layers"
     """The decoder's list of layers."""
@@ -33,10 +36,16 @@ class Family:
     """How `fused` orders its output: "rows" = all Q, all K, all V; "heads" = Q, K, V of head 0, then of head 1, ..."""
     cache_argument: str = "past_key_values"
     """Name of the cache in the attention's `forward`."""
+    mlp_hidden: int = 4
+    """Tensors of hidden size that are alive while the MLP runs: embeddings, input and residual of the layer, norm."""
+    mlp_inner: int = 3
+    """Tensors of intermediate size that are alive in the MLP at most. Llama's: activation, up, their product."""
 
 
 _LLAMA = Family()
 _K_NORM = Family(k_norm="k_norm")
+_K_NORM_AFTER = Family(k_norm="k_norm", mlp_hidden=3)
+"""Norms come after attention and MLP, not before."""
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -44,31 +53,35 @@ FAMILIES: dict[str, Family] = {
     "ministral": _LLAMA,
     "mixtral": _LLAMA,
     "qwen2": _LLAMA,
-    "qwen2_moe": _LLAMA,
+    "qwen2_moe": Family(mlp_hidden=6),
     "qwen3": _K_NORM,
     "qwen3_moe": _K_NORM,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _K_NORM,
-    "phi": Family(k_norm="k_layernorm"),
-    "phi3": Family(fused="qkv_proj"),
+    "phi": Family(k_norm="k_layernorm", mlp_inner=4),
+    "phi3": Family(fused="qkv_proj", mlp_inner=4),
     "olmo": _LLAMA,
-    "olmo2": _K_NORM,
-    "olmo3": _K_NORM,
+    "olmo2": _K_NORM_AFTER,
+    "olmo3": _K_NORM_AFTER,
     "gpt_neox": Family(
-        attention="attention", fused="query_key_value", fused_layout="heads", cache_argument="layer_past"
+        attention="attention",
+        fused="query_key_value",
+        fused_layout="heads",
+        cache_argument="layer_past",
+        mlp_inner=2,
     ),
-    "gpt2": Family(layers="h", attention="attn", fused="c_attn"),
-    "starcoder2": _LLAMA,
-    "stablelm": Family(k_norm="k_layernorm"),
+    "gpt2": Family(layers="h", attention="attn", fused="c_attn", mlp_hidden=6, mlp_inner=4),
+    "starcoder2": Family(mlp_inner=2),
+    "stablelm": Family(k_norm="k_layernorm", mlp_hidden=6),
     "cohere": _K_NORM,
     "cohere2": _LLAMA,
     "granite": _LLAMA,
     "granitemoe": _LLAMA,
     "smollm3": _LLAMA,
-    "glm": _LLAMA,
-    "glm4": _LLAMA,
-    "exaone4": _K_NORM,
+    "glm": Family(mlp_inner=4),
+    "glm4": Family(mlp_inner=4),
+    "exaone4": _K_NORM_AFTER,
     "gpt_oss": _LLAMA,
     "helium": _LLAMA,
     "seed_oss": _LLAMA,

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from depthkv.architectures import LayerKind, layer_kinds, text_config
 from depthkv.errors import DepthKVError
-from depthkv.memory import cache_bytes, kv_bytes_per_layer, kv_bytes_per_token, num_parameters
+from depthkv.memory import (
+    cache_bytes,
+    kv_bytes_per_layer,
+    kv_bytes_per_token,
+    num_parameters,
+    prefill_activation_bytes,
+)
 from depthkv.plan import SharingPlan
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
-
-_MOST_TOKENS = 2**40
-"""A cache that fits this many tokens is bounded by its windows, not by the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +54,17 @@ class PlanCost:
     bytes_per_token: int
     cache_bytes: int
     """At the context and batch asked for."""
+    activation_bytes: int
+    """Of the prefill of one sequence of the context asked for."""
     sequences: int | None
-    """Sequences of the context asked for that fit beside the weights; None without a memory size."""
+    """Sequences of the context asked for that fit beside weights and activations; None without a memory size."""
     longest_context: int | None
-    """Tokens per sequence that fit beside the weights at the batch asked for; None without a memory size, or where no
-    context is too long because all layers have windows."""
+    """Tokens of each prompt that fit beside weights and activations at the batch asked for; None without a memory
+    size."""
+    sequences_ratio: float | None
+    """By those of the full cache; None without a memory size or where the full cache has room for none."""
+    context_ratio: float | None
+    """The longest context by that of the full cache; None without a memory size or where nothing fits there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +82,8 @@ class Inspection:
     groups: tuple[KindGroup, ...]
     costs: tuple[PlanCost, ...]
     """One per plan, in the order asked for."""
+    full: PlanCost
+    """What the full cache costs, which the others are compared with."""
     num_parameters: int | None
     """None where the config alone does not tell."""
     is_quantized: bool
@@ -125,8 +136,11 @@ class Inspection:
                     "kv_source_layers": list(cost.plan.kv_source_layers),
                     "kv_bytes_per_token": cost.bytes_per_token,
                     "cache_bytes": cost.cache_bytes,
+                    "activation_bytes": cost.activation_bytes,
                     "sequences": cost.sequences,
+                    "sequences_ratio": cost.sequences_ratio,
                     "longest_context": cost.longest_context,
+                    "context_ratio": cost.context_ratio,
                 }
                 for cost in self.costs
             ],
@@ -157,13 +171,17 @@ def inspect_model(
 ) -> Inspection:
     """Compute what `inspect` shows.
 
+    Into `memory` have to go the weights (where the config tells how many), the cache of all sequences and the
+    activations of the prefill of one, since engines that serve many read one prompt after the other. `generate()` reads
+    the whole batch at once: `depthkv.memory.device_room` counts that.
+
     Args:
         config: of a causal language model.
         plans: (name, plan), each for the layers of the model.
         dtype: of cache and weights.
         context: tokens per sequence.
         batch: sequences.
-        memory: bytes of one device; weights and cache have to fit, nothing else is counted.
+        memory: bytes of one device.
 
     Raises:
         UnsupportedModelError: layers that cannot share.
@@ -177,21 +195,8 @@ def inspect_model(
         members.setdefault(kind, []).append(layer)
     parameters = num_parameters(config)
     room = None if memory is None else memory - (parameters or 0) * int(dtype.itemsize)
-    costs = []
-    for name, plan in plans:
-        sequences = longest = None
-        if room is not None:
-            sequences = max(0, room // cache_bytes(config, dtype, context, 1, plan))
-            longest = _longest_context(config, dtype, batch, plan, room)
-        cost = PlanCost(
-            name=name,
-            plan=plan,
-            bytes_per_token=kv_bytes_per_token(config, dtype, plan),
-            cache_bytes=cache_bytes(config, dtype, context, batch, plan),
-            sequences=sequences,
-            longest_context=longest,
-        )
-        costs.append(cost)
+    full = _cost(config, "full", SharingPlan.full(len(kinds)), dtype, context, batch, room, None)
+    costs = [_cost(config, name, plan, dtype, context, batch, room, full) for name, plan in plans]
     inner = text_config(config)
     return Inspection(
         model_type=inner.model_type,
@@ -204,22 +209,53 @@ def inspect_model(
             for kind, layers in members.items()
         ),
         costs=tuple(costs),
+        full=full,
         num_parameters=parameters,
         is_quantized=getattr(config, "quantization_config", None) is not None,
         memory=memory,
     )
 
 
-def _longest_context(
-    config: PreTrainedConfig, dtype: torch.dtype, batch: int, plan: SharingPlan, room: int
-) -> int | None:
-    """The most tokens whose cache fits into `room` bytes; None where no context is too long."""
+def _cost(
+    config: PreTrainedConfig,
+    name: str,
+    plan: SharingPlan,
+    dtype: torch.dtype,
+    context: int,
+    batch: int,
+    room: int | None,
+    full: PlanCost | None,
+) -> PlanCost:
+    """What `plan` costs, with `room` bytes beside the weights, compared with `full` or itself."""
+    activations = prefill_activation_bytes(config, dtype, context, 1, plan)
+    sequences = longest = None
+    if room is not None:
+        sequences = max(0, (room - activations) // cache_bytes(config, dtype, context, 1, plan))
+        longest = _longest_context(config, dtype, batch, plan, room)
+    return PlanCost(
+        name=name,
+        plan=plan,
+        bytes_per_token=kv_bytes_per_token(config, dtype, plan),
+        cache_bytes=cache_bytes(config, dtype, context, batch, plan),
+        activation_bytes=activations,
+        sequences=sequences,
+        longest_context=longest,
+        sequences_ratio=_ratio(sequences, full.sequences if full else sequences),
+        context_ratio=_ratio(longest, full.longest_context if full else longest),
+    )
+
+
+def _ratio(value: int | None, full: int | None) -> float | None:
+    return value / full if value is not None and full else None
+
+
+def _longest_context(config: PreTrainedConfig, dtype: torch.dtype, batch: int, plan: SharingPlan, room: int) -> int:
+    """The most tokens whose cache, and the activations of one prefill, fit into `room` bytes."""
 
     def fits(tokens: int) -> bool:
-        return cache_bytes(config, dtype, tokens, batch, plan) <= room
+        activations = prefill_activation_bytes(config, dtype, tokens, 1, plan)
+        return cache_bytes(config, dtype, tokens, batch, plan) + activations <= room
 
-    if fits(_MOST_TOKENS):
-        return None
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high

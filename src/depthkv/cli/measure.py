@@ -12,7 +12,7 @@ from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import console, show, table, waiting, write_json
 from depthkv.errors import DepthKVError
-from depthkv.inspect_model import Inspection, default_plans, inspect_model, layer_ranges
+from depthkv.inspect_model import Inspection, PlanCost, default_plans, inspect_model, layer_ranges
 from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
 from depthkv.sharing import share
 
@@ -83,31 +83,49 @@ def _show_inspection(model: str, found: Inspection) -> None:
     sequences = "1 sequence" if found.batch == 1 else f"{found.batch} sequences"
     headings = ["plan", "layers kept", "per token", "cache"]
     if found.memory is not None:
-        headings += ["sequences", "longest context"]
+        headings += ["activations", "sequences", "longest context"]
     rows = []
     for cost in found.costs:
         kept = f"{len(cost.plan.leaders)} of {found.num_layers} ({cost.plan.retention:.0%})"
         row = [cost.name, kept, format_bytes(cost.bytes_per_token), format_bytes(cost.cache_bytes)]
         if found.memory is not None:
-            longest = "any" if cost.longest_context is None else f"{cost.longest_context:,}"
-            row += [f"{cost.sequences:,}", longest]
+            row += [format_bytes(cost.activation_bytes), f"{cost.sequences:,}", f"{cost.longest_context:,}"]
         rows.append(row)
     out.print()
     out.print(table(headings, rows, f"Cache of {sequences} of {found.context:,} tokens"))
     if found.memory is not None:
-        counted = "weights and cache" if found.weight_bytes is not None else "cache alone, the weights are unknown"
+        counted = "" if found.weight_bytes is not None else ", but not the weights, which are unknown"
         out.print(
-            f"In {format_bytes(found.memory)}, counting {counted}: this many sequences of {found.context:,} tokens, "
-            f"or this context for {sequences}."
+            f"In {format_bytes(found.memory)}, counting weights, cache and the activations of one prefill at a "
+            f"time{counted}: this many sequences of {found.context:,} tokens, or this context for {sequences}."
         )
+        for cost in found.costs:
+            if not cost.plan.is_full:
+                out.print(f"{cost.name}: {_compared(cost, found.full, found.context)}", markup=False)
         if found.weight_bytes is not None and found.weight_bytes > found.memory:
             out.print("The weights alone need more.")
-        longest_all = [cost.longest_context for cost in found.costs]
-        if found.max_positions is not None and any(n is None or n > found.max_positions for n in longest_all):
+        if all(group.kind.window is not None for group in found.groups):
+            out.print("All layers have windows: what is written after such a prompt needs no more memory.")
+        longest = max(cost.longest_context or 0 for cost in found.costs)
+        if found.max_positions is not None and longest > found.max_positions:
             out.print(f"The model itself is made for {found.max_positions:,} positions.")
     out.print()
     for cost in found.costs[1:]:
         out.print(f"{cost.name}: {cost.plan.diagram()}", markup=False, soft_wrap=True)
+
+
+def _compared(cost: PlanCost, full: PlanCost, context: int) -> str:
+    """What the plan makes room for, beside what the full cache does."""
+    longer = f"{cost.longest_context:,} instead of {full.longest_context:,} tokens"
+    if cost.sequences == 0:
+        return f"no sequence of {context:,} tokens fits" + (f", but {longer} do" if cost.longest_context else "")
+    if cost.sequences_ratio is None:
+        many = f"{cost.sequences:,} sequence{'s' * (cost.sequences != 1)}, where the full cache has room for none"
+    elif cost.sequences == full.sequences:
+        many = f"as many sequences ({cost.sequences:,})"
+    else:
+        many = f"{cost.sequences_ratio:.1f}x more sequences ({cost.sequences:,} instead of {full.sequences:,})"
+    return f"with this plan {many}, or {longer}"
 
 
 def generate_command(
