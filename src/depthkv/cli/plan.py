@@ -19,7 +19,7 @@ from depthkv.data import Document, named_blocks, resolve_data, split_documents
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.perplexity import perplexity, spread
 from depthkv.machine import environment
-from depthkv.memory import format_bytes, parse_bytes
+from depthkv.memory import device_room, format_bytes, parse_bytes
 from depthkv.plan import SharingPlan
 from depthkv.planner import Budget, Planned, Problem, make_plan
 from depthkv.planner.figures import plan_figures, sizes_to_measure
@@ -63,8 +63,8 @@ def plan_command(
             "What running all layers for the prompt counts as: favours leaders in the lower layers.",
         ),
     ] = 0.0,
-    any_source: Annotated[
-        bool, typer.Option("--any-source", help="Followers may read any earlier leader, not the nearest alone.")
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Followers read the nearest leader below them, not any earlier one.")
     ] = False,
     evaluations: Annotated[
         int, option("--evaluations", inputs.count_or_none, "N", "Plans to measure beyond those of simple rules.")
@@ -112,7 +112,7 @@ def plan_command(
             keep=frozenset(keep or ()),
             stages=stage_starts(pipeline_stages, len(kinds)) if pipeline_stages else (0,),
             prefill_weight=prefill_weight,
-            any_source=any_source,
+            any_source=not nearest,
         )
         _require_choice(problem, kinds)
         calibrator = Calibrator(
@@ -171,8 +171,6 @@ def _budget(
         return Budget.of_retention(retention, config, dtype)
     limit = sizes["--kv-budget"]
     if limit is None:
-        from depthkv.memory import device_room
-
         memory = sizes["--memory"]
         assert memory is not None and context is not None
         limit = device_room(config, dtype, memory, context, batch)

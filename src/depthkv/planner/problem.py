@@ -77,8 +77,8 @@ class Problem:
     prefill_weight: float = 0.0
     """Nats that running all layers for the whole prompt counts as. Prefill ends at the last leader: with 0.2, halving
     the prompt's work is worth a loss 0.1 higher."""
-    any_source: bool = False
-    """A follower may read any earlier leader instead of the nearest one."""
+    any_source: bool = True
+    """A follower may read any earlier leader, otherwise the nearest one alone."""
 
     def __post_init__(self) -> None:
         size = len(self.kinds)
