@@ -133,7 +133,7 @@ def main() -> None:
 def table(row: dict[str, Any]) -> str:
     """Losses over the full cache, and how much less that is than the evenly spaced plan's."""
     full, full_held = row["full_calibration"], row["full_held_out"]["value"]
-    even = row["rules"]["evenly spaced, 0"]["held_out"]["value"] - full_held
+    even = (row["rules"]["evenly spaced, 0"]["held_out"]["value"] - full_held) or float("nan")
     lines = [
         f"{row['label']}, {row['retention']:.0%}, {'any source' if row['any_source'] else 'nearest'}: full {full:.3f} "
         f"(calibration) {full_held:.3f} (held out), {row['evaluations']} plans in {row['search_seconds']} s"

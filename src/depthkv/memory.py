@@ -243,7 +243,7 @@ def parse_bytes(text: str) -> int:
         number = float(match[1])
         unit = (match[2] or "B").upper()
         scale = 1024 ** _UNITS[unit] if unit in _UNITS else 1000 ** ("KMGT".index(unit[0]) + 1)
-        if not math.isfinite(number) or number * scale < 1:
+        if not math.isfinite(number * scale) or number * scale < 1:
             raise ValueError
     except ValueError:
         raise DepthKVError(f"expected a size such as 24GiB or 512MiB, got {text!r}") from None

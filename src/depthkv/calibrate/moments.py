@@ -51,15 +51,6 @@ class Moments:
         for name, value in state.items():
             setattr(self, name, value.to(getattr(self, name).device))
 
-    def covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[layers, layers, heads, head_dim, head_dim]` in fp64, and means `[layers, heads, head_dim]`."""
-        layers, heads, head_dim = self.shape
-        count = self.count.to(self.sums.device)
-        means = self.sums / count
-        covariance = self.products.double() / count - means[:, :, None] * means[:, None, :]
-        blocks = covariance.view(heads, layers, head_dim, layers, head_dim).permute(1, 3, 0, 2, 4)
-        return blocks, (means + self.shift.double()).view(heads, layers, head_dim).transpose(0, 1)
-
     def similarities(self) -> dict[str, torch.Tensor]:
         """By measure, for each head and over all of them: `[1 + heads, layers, layers]`, entry [0] is the aggregate and
         [:, l, j] compares reader l with source j.
@@ -68,32 +59,45 @@ class Moments:
         mean over tokens. `r2`: variance of layer l's features that a ridge regression from layer j's explains.
         `squared_distance`: mean over tokens of the squared Euclidean distance, summed over the heads in the aggregate.
         """
-        covariance, means = self.covariance()
+        heads = self.shape[1]
+        found = [self._of_head(head) for head in range(heads)]  # one at a time: all would take several times the sums
+        cka, explained, distance = (torch.stack([entry[i] for entry in found]) for i in range(3))
+        variance = torch.stack([entry[3] for entry in found])  # [heads, layers]
+        cosine = self.cosines / self.count.to(self.cosines.device)
+        total = explained.sum(0) / variance.sum(0)[:, None]
+        return {
+            "cka": _with_aggregate(cka, cka.mean(0)),
+            "cosine": _with_aggregate(cosine, cosine.mean(0)),
+            "r2": _with_aggregate(explained / variance[:, :, None], total),
+            "squared_distance": _with_aggregate(distance, distance.sum(0)),
+        }
+
+    def _of_head(self, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """CKA, explained variance and squared distance, each `[layers, layers]`, and variance `[layers]`, in fp64."""
         layers, _, head_dim = self.shape
-        own = covariance.diagonal(dim1=0, dim2=1).permute(3, 0, 1, 2)  # [layers, heads, d, d]
-        variance = own.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)  # [layers, heads]
-        norms = own.flatten(2).norm(dim=-1).clamp(min=1e-30)
-        cka = covariance.flatten(3).norm(dim=-1) ** 2 / (norms[:, None] * norms[None, :])
+        count = self.count.to(self.sums.device)
+        moved = self.sums[head] / count
+        covariance = self.products[head].double() / count - moved[:, None] * moved[None, :]
+        covariance = covariance.view(layers, head_dim, layers, head_dim).transpose(1, 2)  # [layers, layers, d, d]
+        means = (moved + self.shift[head].double()).view(layers, head_dim)
+        own = covariance.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
+        variance = own.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30)
+        norms = own.flatten(1).norm(dim=-1).clamp(min=1e-30)
+        cka = covariance.flatten(2).norm(dim=-1) ** 2 / (norms[:, None] * norms[None, :])
         explained = torch.zeros_like(cka)
-        eye = torch.eye(head_dim, dtype=own.dtype, device=own.device)
         for j in range(layers):
-            ridge = RIDGE * (variance[j] / head_dim).clamp(min=1e-12)[:, None, None] * eye
-            to_reader = covariance[j]  # of source features with each reader's, [layers, heads, d_source, d_reader]
-            weights = torch.linalg.solve(own[j] + ridge, to_reader)
-            fitted = 2 * (weights * to_reader).sum((-2, -1)) - (weights * (own[j] @ weights)).sum((-2, -1))
-            explained[:, j] = fitted
+            ridge = RIDGE * (variance[j] / head_dim).clamp(min=1e-12)
+            to_reader = covariance[j]  # of source features with each reader's, [layers, d_source, d_reader]
+            weights = torch.linalg.solve(
+                own[j] + ridge * torch.eye(head_dim, dtype=own.dtype, device=own.device), to_reader
+            )
+            explained[:, j] = 2 * (weights * to_reader).sum((-2, -1)) - (weights * (own[j] @ weights)).sum((-2, -1))
         apart = (means[:, None] - means[None, :]).square().sum(-1)
         cross = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
         distance = (variance[:, None] + variance[None, :] - 2 * cross + apart).clamp(min=0)
-        cosine = (self.cosines / self.count.to(self.cosines.device)).permute(1, 2, 0)
-        return {
-            "cka": _with_aggregate(cka, cka.mean(-1)),
-            "cosine": _with_aggregate(cosine, cosine.mean(-1)),
-            "r2": _with_aggregate(explained / variance[:, None], explained.sum(-1) / variance.sum(-1)[:, None]),
-            "squared_distance": _with_aggregate(distance, distance.sum(-1)),
-        }
+        return cka, explained, distance, variance
 
 
 def _with_aggregate(by_head: torch.Tensor, aggregate: torch.Tensor) -> torch.Tensor:
-    """From `[layers, layers, heads]` and `[layers, layers]`."""
-    return torch.cat([aggregate[None], by_head.permute(2, 0, 1)]).cpu()
+    """`[1 + heads, layers, layers]`."""
+    return torch.cat([aggregate[None], by_head]).cpu()

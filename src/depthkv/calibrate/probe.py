@@ -29,11 +29,11 @@ class Recording:
     pairs: dict[int, Pair] = field(default_factory=dict)
     """Keys (after the rotary embedding) and values of each layer, `[batch, kv_heads, tokens, head_dim]`."""
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Keys before the rotary embedding, `[batch, tokens, kv_heads, head_dim]`; only with `details`."""
+    """Keys before the rotary embedding, `[batch, tokens, kv_heads, head_dim]`; only if asked for."""
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """Arguments of each attention module; only with `details`."""
+    """Arguments of each attention module; only if asked for."""
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What each attention module gave, `[batch, tokens, hidden_size]`; only with `details`."""
+    """What each attention module gave, `[batch, tokens, hidden_size]`; only if asked for."""
 
 
 class Probe(Patches):
@@ -55,7 +55,8 @@ class Probe(Patches):
         self._step = self._own()
         self._start: int | None = None
         """Layers below it are passed over; None records."""
-        self._details = False
+        self._keys = self._attention = False
+        """What to record beside inputs and pairs."""
         _guarded(self, self._apply)
 
     @property
@@ -64,15 +65,21 @@ class Probe(Patches):
         return self.decoder.num_layers
 
     @contextmanager
-    def recording(self, details: bool = False) -> Iterator[Recording]:
-        """Forwards in the block run with every layer's own keys and values; the last one is recorded."""
+    def recording(self, *, keys: bool = False, attention: bool = False) -> Iterator[Recording]:
+        """Forwards in the block run with every layer's own keys and values; the last one is recorded.
+
+        Args:
+            keys: keys before the rotary embedding, too.
+            attention: arguments and outputs of the attention modules, too.
+        """
         self.recorded = Recording()
-        self._step, self._start, self._details = self._own(), None, details
+        self._step, self._start, self._keys, self._attention = self._own(), None, keys, attention
         # all pairs are kept, whoever reads them
         self._step.last_reader = dict.fromkeys(range(self.num_layers), self.num_layers)
-        yield self.recorded
-        self.recorded.pairs = self._step.pairs
-        self._details = False
+        try:
+            yield self.recorded
+        finally:
+            self._keys = self._attention = False
 
     @contextmanager
     def reading(self, layer: int, source: int) -> Iterator[None]:
@@ -87,7 +94,7 @@ class Probe(Patches):
     def attention_output(self, layer: int, source: int) -> torch.Tensor:
         """What the layer's attention gives when it reads `source`, `[batch, tokens, hidden_size]`.
 
-        The recording must have been made with `details`.
+        The recording must have been made with `attention`.
         """
         with self.reading(layer, source), self._context.bound(self._step):
             args, kwargs = self.recorded.calls[layer]
@@ -118,6 +125,8 @@ class Probe(Patches):
     def _wrap_decoder(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             kwargs["use_cache"] = False
+            if self._start is None:
+                self._step.pairs = self.recorded.pairs = {}
             with self._context.bound(self._step):
                 return original(*args, **kwargs)
 
@@ -143,7 +152,7 @@ class Probe(Patches):
 
     def _record_attention(self, layer: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._details:
+            if not self._attention:
                 return original(*args, **kwargs)
             self.recorded.calls[layer] = (args, dict(kwargs))
             output = original(*args, **kwargs)
@@ -158,10 +167,11 @@ class Probe(Patches):
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             output: torch.Tensor = original(hidden_states, *args, **kwargs)
-            if self._details:
+            if self._keys:
                 keys = self._keys_of_fused(output, *shape) if fused else output
-                if keys.ndim == 4 and keys.shape[1] == shape[0] and keys.shape[2] != shape[0]:
-                    keys = keys.transpose(1, 2)  # a norm over [batch, kv_heads, tokens, head_dim]
+                # a norm may see [batch, kv_heads, tokens, head_dim], which is a view of [batch, tokens, ...]
+                if keys.ndim == 4 and hidden_states.stride(1) < hidden_states.stride(2):
+                    keys = keys.transpose(1, 2)
                 self.recorded.keys[layer] = keys.reshape(keys.shape[0], -1, *shape)
             return output
 

@@ -18,7 +18,7 @@ from depthkv.calibrate.store import Calibration, Matrix, fingerprint, kind_names
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.perplexity import perplexity, spread
-from depthkv.evaluate.text import check_blocks, reading, rows_at_once, token_losses
+from depthkv.evaluate.text import Features, check_blocks, reading, rows_at_once, token_losses
 from depthkv.files import replacing
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
@@ -73,7 +73,7 @@ class Calibrator:
         self.cost_blocks = blocks[chosen]
         self.output_blocks = blocks[spread(len(blocks), output_blocks)]
         decoder = find_decoder(model)
-        settings = [str(next(model.parameters()).dtype), blocks.shape, chosen, len(self.output_blocks)]
+        settings = [list(blocks.shape), list(documents), chosen, len(self.output_blocks)]
         fresh = Calibration(
             fingerprint=fingerprint(model, blocks, settings),
             kinds=kind_names(decoder.kinds),
@@ -83,7 +83,8 @@ class Calibrator:
         self.calibration = fresh
         if path is not None and path.exists():
             found = Calibration.load(path)
-            if found.fingerprint != fresh.fingerprint:
+            same = ("fingerprint", "kinds", "block_documents", "block_size")
+            if any(getattr(found, name) != getattr(fresh, name) for name in same):
                 raise DepthKVError(
                     f"{path}: expected a calibration of this model on this text with these settings, got another one; "
                     "name another file, or delete it"
@@ -96,7 +97,9 @@ class Calibrator:
     def measure_similarity(self) -> None:
         """Compare keys and values of all layers, one pass over the text."""
         found = self.calibration
+        state = _MomentsFile(self.path, found.fingerprint)
         if "key_cka" in found.similarity:
+            state.remove()
             return
         with self._evaluating(), Probe(self.model) as probe, self._timed("similarity"):
             groups = self._groups()
@@ -106,7 +109,6 @@ class Calibrator:
                 for name in ("key", "value")
                 for i, layers in enumerate(groups)
             }
-            state = _MomentsFile(self.path, found.fingerprint)
             done = state.restore(sums)
             with (
                 self.bar("comparing keys and values", len(self.blocks)) as advance,
@@ -115,11 +117,12 @@ class Calibrator:
                 advance(done)
                 while done < len(self.blocks):
                     batch = self.blocks[done : done + self.batch_size].to(self.device)
-                    with probe.recording(details=True) as seen:
+                    with probe.recording(keys=True) as seen:
                         forward(batch)
                     for i, layers in enumerate(groups):
-                        sums["key", i].add(torch.stack([seen.keys[n].flatten(0, 1) for n in layers], dim=1))
-                        values = [seen.pairs[n][1].transpose(1, 2).flatten(0, 1) for n in layers]
+                        keys = [seen.keys[n].flatten(0, 1).to(self.device) for n in layers]
+                        values = [seen.pairs[n][1].transpose(1, 2).flatten(0, 1).to(self.device) for n in layers]
+                        sums["key", i].add(torch.stack(keys, dim=1))
                         sums["value", i].add(torch.stack(values, dim=1))
                     done += len(batch)
                     advance(len(batch))
@@ -150,6 +153,7 @@ class Calibrator:
                     for head, matrix in enumerate(heads[f"{name}_{measure}"]):
                         _put(matrix, layers, values[1 + head])
             _put(aggregates["kv_distance"], layers, squared.sqrt())
+        _require_finite(*(torch.tensor([v for row in m for v in row if v is not None]) for m in aggregates.values()))
         found.similarity |= aggregates
         found.similarity_heads |= heads
 
@@ -170,7 +174,7 @@ class Calibrator:
             ):
                 for start in range(0, len(self.output_blocks), self.batch_size):
                     batch = self.output_blocks[start : start + self.batch_size].to(self.device)
-                    with probe.recording(details=True) as seen:
+                    with probe.recording(attention=True) as seen:
                         forward(batch)
                     for layer in range(size):
                         norm[layer] += seen.outputs[layer].float().square().sum().double().cpu()
@@ -183,6 +187,7 @@ class Calibrator:
         found.output_tokens = self.output_blocks.numel()
         cosine = cosine / found.output_tokens
         error = error / norm.clamp(min=1e-30)[:, None]
+        _require_finite(cosine, error)
         cosine.fill_diagonal_(1.0)
         error.fill_diagonal_(0.0)
         for name, matrix in (("output_cosine", cosine), ("output_error", error)):
@@ -198,42 +203,31 @@ class Calibrator:
         found = self.calibration
         if found.has_costs:
             return
-        readers = [layer for layer in range(found.num_layers) if any(pair[0] == layer for pair in found.pairs())]
-        sources = {layer: [j for i, j in found.pairs() if i == layer] for layer in readers}
-        batches = range(0, len(self.cost_blocks), self.batch_size)
-        with self._evaluating(), Probe(self.model) as probe, self._timed("costs"):
-            with self.bar("measuring every pair", found.num_pairs * len(batches)) as advance:
-                with reading(self.model) as (forward, to_logits):
-                    for start in batches:
-                        batch = self.cost_blocks[start : start + self.batch_size].to(self.device)
-                        targets = batch[:, 1:].flatten()
-
-                        def losses() -> list[float]:
-                            found = token_losses(forward(batch), targets, to_logits)  # noqa: B023 - called in the loop
-                            return found.view(len(batch), -1).double().mean(dim=1).tolist()  # noqa: B023
-
-                        missing = [
-                            (layer, source)
-                            for layer in readers
-                            for source in sources[layer]
-                            if len(found.cost_losses.get(layer, {}).get(source, ())) <= start
-                        ]
-                        advance(found.num_pairs - len(missing))
-                        if not missing and len(found.full_losses) > start:
-                            continue
-                        with probe.recording():
-                            own = losses()
-                        if len(found.full_losses) <= start:
-                            found.full_losses += own
-                        for layer, source in missing:
+        wanted = len(self.cost_blocks)
+        lists = self._loss_lists()
+        with self._evaluating(), Probe(self.model) as probe, self._timed("costs"), reading(self.model) as functions:
+            with self.bar("measuring every pair", wanted * found.num_pairs) as advance:
+                advance(sum(len(losses) for losses in lists.values()))
+                while (start := min([len(found.full_losses), *map(len, lists.values())])) < wanted:
+                    # up to where some pairs are already: an earlier run may have had another batch size
+                    ahead = [len(losses) for losses in lists.values() if len(losses) > start]
+                    end = min([start + self.batch_size, wanted, *ahead])
+                    batch = self.cost_blocks[start:end].to(self.device)
+                    with probe.recording():
+                        own = _block_losses(batch, *functions)
+                    found.full_losses[start:end] = own
+                    for (layer, source), losses in lists.items():
+                        if len(losses) == start:
                             with probe.reading(layer, source):
-                                measured = losses()
-                            found.cost_losses.setdefault(layer, {}).setdefault(source, []).extend(measured)
-                            advance(1)
+                                losses += _block_losses(batch, *functions)
+                            advance(end - start)
                             self._save_sometimes()
-        if not all(map(math.isfinite, found.full_losses)) or not found.cost().nan_to_num(posinf=0.0).isfinite().all():
-            raise DepthKVError("expected finite losses, got some that are not; try dtype float32 or bfloat16")
         self.save()
+
+    def _loss_lists(self) -> dict[tuple[int, int], list[float]]:
+        """By pair: the list in the calibration, which grows by one for each block."""
+        rows = self.calibration.cost_losses
+        return {(layer, j): rows.setdefault(layer, {}).setdefault(j, []) for layer, j in self.calibration.pairs()}
 
     def plan_losses(self, plan: SharingPlan) -> list[float]:
         """Loss of each cost block under a plan; measured once and kept."""
@@ -312,6 +306,8 @@ class _MomentsFile:
         self.path = None if path is None else path.with_name(f".{path.name}.moments.safetensors")
         self.of = of
         self._saved = time.monotonic()
+        self._took = 0.0
+        """Seconds of the last save: the sums of a large model are gigabytes."""
 
     def restore(self, sums: dict[tuple[str, int], Moments]) -> int:
         """Blocks that are summed already."""
@@ -335,17 +331,33 @@ class _MomentsFile:
         """Now and then."""
         from safetensors.torch import save_file
 
-        if self.path is None or time.monotonic() - self._saved < SAVE_SECONDS:
+        if self.path is None or time.monotonic() - self._saved < max(SAVE_SECONDS, 20 * self._took):
             return
+        started = time.monotonic()
         tensors = {f"{name}.{group}.{k}": v for (name, group), m in sums.items() for k, v in m.state().items()}
         with replacing(self.path, "the sums of the calibration") as temporary:
             save_file(tensors, temporary, metadata={"of": self.of, "blocks": str(blocks)})
         self._saved = time.monotonic()
+        self._took = self._saved - started
 
     def remove(self) -> None:
         """The pass is done."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+def _block_losses(batch: torch.Tensor, forward: Features, to_logits: Features) -> list[float]:
+    """Mean loss of each block of a batch, nats per token."""
+    losses = token_losses(forward(batch), batch[:, 1:].flatten(), to_logits)
+    means = losses.view(len(batch), -1).double().mean(dim=1)
+    _require_finite(means)
+    return means.tolist()
+
+
+def _require_finite(*tensors: torch.Tensor) -> None:
+    """Before anything is kept: a file must not hold what cannot be used."""
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise DepthKVError("expected finite figures, got some that are not; try --dtype float32 or bfloat16")
 
 
 def _put(matrix: Matrix, layers: Sequence[int], values: torch.Tensor) -> None:

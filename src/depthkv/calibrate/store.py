@@ -21,20 +21,15 @@ from depthkv.plan import SharingPlan
 
 FORMAT, VERSION = "depthkv-calibration", 1
 
+_SAMPLE = 4096
+"""Elements of each weight that the fingerprint looks at."""
+
 Matrix = list[list[float | None]]
 """`[layers][layers]`: entry [l][j] is of reader l and source j, None where l cannot read j."""
 
-SIMILARITIES = (
-    "key_cka",
-    "key_cosine",
-    "key_r2",
-    "value_cka",
-    "value_cosine",
-    "value_r2",
-    "kv_distance",
-    "output_cosine",
-    "output_error",
-)
+KV_SIMILARITIES = ("key_cka", "key_cosine", "key_r2", "value_cka", "value_cosine", "value_r2", "kv_distance")
+OUTPUT_SIMILARITIES = ("output_cosine", "output_error")
+SIMILARITIES = (*KV_SIMILARITIES, *OUTPUT_SIMILARITIES)
 """Cheap measures. Keys are taken before the rotary embedding (cosine and distance are the same after it). `kv_distance`
 is the root of the mean squared Euclidean distance of keys and values together. `output_cosine` and `output_error`
 compare what the attention of layer l gives when it reads j with what it gives on its own: mean cosine over tokens, and
@@ -102,11 +97,8 @@ class Calibration:
             len(self.cost_losses.get(layer, {}).get(source, ())) == wanted for layer, source in self.pairs()
         )
 
-    def cost(self, weights: torch.Tensor | None = None) -> torch.Tensor:
+    def cost(self) -> torch.Tensor:
         """Loss increase when only layer l reads j, `[layers, layers]`, fp64; 0 on the diagonal, inf where impossible.
-
-        Args:
-            weights: of the blocks, `[blocks]`, as a bootstrap draws them; equal without.
 
         Raises:
             DepthKVError: the costs are not measured.
@@ -115,12 +107,8 @@ class Calibration:
             raise DepthKVError("expected a calibration with the cost of every pair of layers, got one without")
         cost = torch.full((self.num_layers, self.num_layers), math.inf, dtype=torch.float64)
         cost.fill_diagonal_(0.0)
-        full = torch.tensor(self.full_losses, dtype=torch.float64)
-        weights = torch.ones_like(full) if weights is None else weights.double()
-        weights = weights / weights.sum()
         for layer, source in self.pairs():
-            losses = torch.tensor(self.cost_losses[layer][source], dtype=torch.float64)
-            cost[layer, source] = ((losses - full) * weights).sum()
+            cost[layer, source] = _mean(self.cost_losses[layer][source]) - self.full_loss
         return cost
 
     def plan_loss(self, plan: SharingPlan) -> float | None:
@@ -147,7 +135,7 @@ class Calibration:
             DepthKVError: no such file, no JSON, unknown or missing keys, wrong types; names the file.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
         except OSError as error:
             raise DepthKVError(f"expected a calibration file at {path}, got {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
@@ -156,21 +144,35 @@ class Calibration:
             ) from error
         try:
             return _checked(data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             got = str(error) if isinstance(error, DepthKVError) else f"a damaged one ({type(error).__name__}: {error})"
             got = got if got.startswith("expected") else f"expected a calibration, got {got}"
             raise DepthKVError(f"{path}: {got}") from error
 
 
 def fingerprint(model: nn.Module, blocks: torch.Tensor, settings: Sequence[Any]) -> str:
-    """A hash of the weights (the first elements of each, and their sum), the tokens, and `settings`."""
-    digest = hashlib.sha256(repr(list(settings)).encode())
+    """A hash of the config, of elements from all over every weight, of the tokens, and of `settings`.
+
+    Raises:
+        DepthKVError: weights that are not in memory.
+    """
+    config: Any = model.config
+    left_out = ("transformers_version", "_name_or_path", "quantization_config")
+    facts = {key: value for key, value in config.to_dict().items() if key not in left_out}
+    digest = hashlib.sha256(json.dumps([facts, list(settings)], sort_keys=True, default=str).encode())
     digest.update(blocks.to(torch.int64).contiguous().numpy().tobytes())
-    for name, parameter in sorted(model.state_dict().items()):
-        if isinstance(parameter, torch.Tensor) and parameter.is_floating_point():
-            sample = parameter.detach().flatten()[:64].float().cpu()
-            total = parameter.detach().float().sum().item() if parameter.numel() < 2**22 else 0.0
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample.tolist()} {total:.6g}".encode())
+    for name, module in model.named_modules():  # of adapters: their weights alone do not say how much they count
+        if isinstance(scaling := getattr(module, "scaling", None), dict):
+            digest.update(f"{name} {sorted(scaling.items())}".encode())
+    for name, weight in sorted(model.state_dict().items()):
+        if not isinstance(weight, torch.Tensor):
+            continue
+        if weight.is_meta:
+            raise DepthKVError(f"expected a model whose weights are all in memory, got {name} offloaded")
+        flat = weight.detach().flatten()
+        # no sums: they depend on the order, and so on the number of threads
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -193,25 +195,33 @@ def _checked(data: Any) -> Calibration:
         fingerprint=_text(data["fingerprint"]),
         kinds=[_text(kind) for kind in data["kinds"]],
         block_documents=[_text(name) for name in data["block_documents"]],
-        block_size=int(data["block_size"]),
-        similarity_tokens=int(data["similarity_tokens"]),
-        output_tokens=int(data["output_tokens"]),
+        block_size=_whole(data["block_size"]),
+        similarity_tokens=_whole(data["similarity_tokens"]),
+        output_tokens=_whole(data["output_tokens"]),
         full_losses=_numbers(data["full_losses"]),
         cost_losses={
             int(layer): {int(source): _numbers(losses) for source, losses in row.items()}
             for layer, row in data["cost_losses"].items()
         },
-        searches={_text(key): int(count) for key, count in data["searches"].items()},
-        seconds={_text(name): float(value) for name, value in data["seconds"].items()},
+        searches={_text(key): _whole(count) for key, count in data["searches"].items()},
+        seconds={_text(name): _number(value) for name, value in data["seconds"].items()},
     )
     size = found.num_layers
     found.similarity = {_text(name): _matrix(m, size) for name, m in data["similarity"].items()}
     found.similarity_heads = {_text(n): [_matrix(m, size) for m in ms] for n, ms in data["similarity_heads"].items()}
+    for names in (KV_SIMILARITIES, OUTPUT_SIMILARITIES):
+        if any(name in found.similarity for name in names) and not set(names) <= set(found.similarity):
+            raise DepthKVError(f"expected all of {', '.join(names)} or none, got {', '.join(found.similarity)}")
     for entry in data["plan_losses"]:
         plan = SharingPlan(entry["kv_source_layers"])
         if plan.num_layers != size:
             raise DepthKVError(f"expected measured plans of {size} layers, got one of {plan.num_layers}")
         found.plan_losses[plan.kv_source_layers] = _numbers(entry["losses"])
+    allowed = set(found.pairs())
+    for layer, row in found.cost_losses.items():
+        for source in row:
+            if (layer, source) not in allowed:
+                raise DepthKVError(f"expected costs of pairs that can share, got layer {layer} reading {source}")
     blocks = len(found.block_documents)
     for losses in (found.full_losses, *(row for rows in found.cost_losses.values() for row in rows.values())):
         if len(losses) > blocks:
@@ -227,16 +237,32 @@ def _text(value: Any) -> str:
     return value
 
 
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name}, which is no number in JSON")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected a whole number, got {value!r}")
+    return value
+
+
 def _numbers(values: Any) -> list[float]:
-    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise TypeError("expected a list of numbers")
-    return [float(value) for value in values]
+    if not isinstance(values, list):
+        raise TypeError(f"expected a list of numbers, got {type(values).__name__}")
+    return [_number(value) for value in values]
 
 
 def _matrix(rows: Any, size: int) -> Matrix:
     if not isinstance(rows, list) or len(rows) != size or any(len(row) != size for row in rows):
         raise TypeError(f"expected {size} rows of {size} numbers")
-    return [[None if value is None else float(value) for value in row] for row in rows]
+    return [[None if value is None else _number(value) for value in row] for row in rows]
 
 
 def kind_names(kinds: Sequence[LayerKind]) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from depthkv.architectures import LayerKind
 from depthkv.calibrate import Calibrator
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
@@ -95,26 +94,44 @@ def plan_command(
         raise DepthKVError("expected --context and --batch with --kv-budget or --memory, got --retention")
     if memory is not None and context is None:
         raise DepthKVError("expected --context with --memory, got none")
-    path = calibration or out.with_name(f"{out.stem}.calibration.json")
+    if out.exists() and not out.is_file():
+        raise DepthKVError(f"--out: expected a file, got {out}")
+    path = calibration or json_path(out.with_name(f"{out.stem}.calibration.json"))
     _require_different({"--out": out, "--calibration": path, "--json": json_file})
     config, kinds = inputs.read_config(model)
     with naming(model):
+        if len(set(kinds)) == len(kinds):
+            raise DepthKVError("expected layers that can share, got a model in which every layer is of another kind")
         inputs.require_positions(config, block_size, "--block-size")
+    with naming("--pipeline-stages"):
+        stages = (0,) if pipeline_stages is None else stage_starts(pipeline_stages, len(kinds))
+    with naming("--keep"):
+        if keep and max(keep) >= len(kinds):
+            raise DepthKVError(f"expected layers from 0 to {len(kinds) - 1}, got {max(keep)}")
+
+    def problem_of(dtype: torch.dtype) -> Problem:
+        name = "--retention" if retention is not None else "--kv-budget" if kv_budget is not None else "--memory"
+        with naming(name):
+            found = Problem(
+                kinds=kinds,
+                budget=_budget(config, dtype, retention, sizes, context, batch),
+                keep=frozenset(keep or ()),
+                stages=stages,
+                prefill_weight=prefill_weight,
+                any_source=not nearest,
+            )
+            _require_choice(found)
+        return found
+
+    if retention is not None:  # the others need to know the dtype, which may be that of the weights
+        problem_of(torch.bfloat16)
     texts = {name: _documents(name) for name in dict.fromkeys(data)}
     with waiting(f"loading {model}"):
         loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
         training = _blocks(texts, 0, tokenizer, block_size, blocks)
         held_out, held_out_documents = _blocks(texts, 1, tokenizer, block_size, held_out_blocks)
+    problem = problem_of(loaded.dtype)
     with naming(model):
-        problem = Problem(
-            kinds=kinds,
-            budget=_budget(config, loaded.dtype, retention, sizes, context, batch),
-            keep=frozenset(keep or ()),
-            stages=stage_starts(pipeline_stages, len(kinds)) if pipeline_stages else (0,),
-            prefill_weight=prefill_weight,
-            any_source=not nearest,
-        )
-        _require_choice(problem, kinds)
         calibrator = Calibrator(
             loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=progress_bar
         )
@@ -177,9 +194,7 @@ def _budget(
     return Budget.of_bytes(limit, config, dtype, context=context or 1, batch=batch)
 
 
-def _require_choice(problem: Problem, kinds: tuple[LayerKind, ...]) -> None:
-    if len(set(kinds)) == len(kinds):
-        raise DepthKVError("expected layers that can share, got a model in which every layer is of another kind")
+def _require_choice(problem: Problem) -> None:
     if problem.affords(range(problem.num_layers)):
         raise DepthKVError(
             f"expected a budget below the full cache's, got {problem.budget.words}, which all layers' caches fit into"
@@ -224,6 +239,8 @@ def _compare(
         losses[SharingPlan.full(planned.problem.num_layers)] = full.block_losses
         advance(1)
         for plan in rivals:
+            if plan.is_full:
+                continue
             with share(calibrator.model, plan):
                 losses[plan] = perplexity(calibrator.model, blocks, batch_size=batch_size).block_losses
             advance(1)

@@ -27,7 +27,8 @@ PIECE = 16
 Progress = Callable[[int], None]
 """Called after each batch with the number of blocks that it held."""
 
-_Features = Callable[[torch.Tensor], torch.Tensor]
+Features = Callable[[torch.Tensor], torch.Tensor]
+"""From tokens to features, or from features to logits, see `reading`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,13 +99,13 @@ def read_text(
     ]
 
 
-def token_losses(features: torch.Tensor, targets: torch.Tensor, to_logits: _Features) -> torch.Tensor:
+def token_losses(features: torch.Tensor, targets: torch.Tensor, to_logits: Features) -> torch.Tensor:
     """Loss of each target, `[rows]`, fp32, from features `[rows, ...]` that `reading` gave."""
     return _compare(features, None, targets, to_logits)[0]
 
 
 @contextmanager
-def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[tuple[_Features, _Features]]:
+def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[tuple[Features, Features]]:
     """Two functions: from tokens `[batch, tokens]` to features of all positions but the last, `[batch x (tokens - 1),
     ...]`, and from features to logits `[rows, vocabulary]`, which also works afterwards.
 
@@ -116,7 +117,7 @@ def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[t
     """
     head = plain_head(model)
 
-    def fed(forward: Callable[[dict[str, Any]], torch.Tensor]) -> _Features:
+    def fed(forward: Callable[[dict[str, Any]], torch.Tensor]) -> Features:
         def features(tokens: torch.Tensor) -> torch.Tensor:
             if make_cache is None:
                 return forward({"input_ids": tokens, "use_cache": False})[:, :-1].flatten(0, 1)
@@ -164,7 +165,7 @@ def check_blocks(model: nn.Module, blocks: torch.Tensor, batch_size: int) -> Non
 
 
 def _compare(
-    features: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor, to_logits: _Features
+    features: torch.Tensor, reference: torch.Tensor | None, targets: torch.Tensor, to_logits: Features
 ) -> tuple[torch.Tensor, ...]:
     """Losses of the targets, and against the reference's features: same likeliest token, divergence. Each `[rows]`."""
     width = to_logits(features[:1]).shape[-1]

@@ -19,7 +19,7 @@ from depthkv.planner.exact import exact_plan
 from depthkv.planner.model import Measured
 from depthkv.planner.nested import given_up, nested_plans
 from depthkv.planner.problem import Problem
-from depthkv.planner.rules import distance_of, evenly_spaced, least_distance, paired, random_plan
+from depthkv.planner.rules import distance_of, evenly_spaced, paired, random_plan
 from depthkv.planner.search import Found, search
 
 THIS_PLAN, EVEN = "this plan", "evenly spaced"
@@ -41,6 +41,8 @@ class Planned:
     """Of each pair alone, `[layers, layers]`."""
     found: Found
     """The search; its model predicts plans that were not measured."""
+    corrected: torch.Tensor
+    """The same, corrected by the plans that were measured."""
     nested: tuple[SharingPlan, ...]
     """From the full cache to the smallest plan, by way of `plan`."""
     rivals: tuple[tuple[str, SharingPlan], ...]
@@ -98,13 +100,15 @@ def make_plan(
     best_even = min((p for p in even if problem.allows(p)), key=calibrator.plan_loss, default=even[0])
     if best_even != even[0]:
         rivals = [rivals[0], ("evenly spaced, best shift", best_even), *rivals[1:]]
+    corrected = found.model.cost()
     plans = {entry.plan for entry in found.measured}
     return Planned(
         problem=problem,
         plan=found.plan,
         cost=cost,
         found=found,
-        nested=tuple(nested_plans(problem, found.model.cost(), found.plan)),
+        corrected=corrected,
+        nested=tuple(nested_plans(problem, corrected, found.plan)),
         rivals=tuple(rivals),
         certainty=how_sure(problem, calibration, found.plan, even[0], list(plans), seed),
     )
@@ -148,13 +152,13 @@ def rival_plans(
         alike = forbid(problem, (keys + values) / 2).clamp(min=0).fill_diagonal_(0.0)
         apart = forbid(problem, distance_of(measures["kv_distance"], is_similarity=False))
         rivals += [
-            ("K/V similarity only", lambda: least_distance(problem, alike)),
+            ("K/V similarity only", lambda: exact_plan(problem, alike)),
             ("KVSharer: most unlike first", lambda: paired(problem, apart, most_alike_first=False)),
             ("its reverse: most alike first", lambda: paired(problem, apart, most_alike_first=True)),
         ]
     if "output_error" in measures:
         error = forbid(problem, distance_of(measures["output_error"], is_similarity=False))
-        rivals.append(("attention outputs only", lambda: least_distance(problem, error)))
+        rivals.append(("attention outputs only", lambda: exact_plan(problem, error)))
     plans = []
     for name, choose in rivals:
         try:
@@ -190,11 +194,10 @@ def how_sure(
     weights = counts[:, numbers]
     weights /= weights.sum(dim=1, keepdim=True)
     plans = [entry for entry in measured if problem.allows(entry)]
-    losses = torch.tensor(
-        [calibration.plan_losses[p.kv_source_layers] if not p.is_full else calibration.full_losses for p in plans]
-    )
+    rows = [calibration.full_losses if p.is_full else calibration.plan_losses[p.kv_source_layers] for p in plans]
+    losses = torch.tensor(rows, dtype=torch.float64)
     prices = torch.tensor([problem.prefill_cost(p.leaders) for p in plans], dtype=torch.float64)
-    totals = weights @ losses.double().T + prices
+    totals = weights @ losses.T + prices
     choices = totals.argmin(dim=1)
     leads = torch.tensor([[layer in set(p.leaders) for layer in range(problem.num_layers)] for p in plans]).double()
     found: dict[str, Any] = {
@@ -203,7 +206,7 @@ def how_sure(
         "same_plan": round(float((choices == plans.index(plan)).double().mean()), 4),
         "better_than_even": None,
     }
-    if even in plans:
+    if even in plans and even != plan:
         better = totals[:, plans.index(plan)] < totals[:, plans.index(even)]
         found["better_than_even"] = round(float(better.double().mean()), 4)
     return found

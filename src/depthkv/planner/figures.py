@@ -120,16 +120,16 @@ def predicted_unseen(planned: Planned, plan: SharingPlan) -> float:
 
 def _nested(planned: Planned, calibrator: Calibrator, plan: SharingPlan, bytes_per_token: int) -> dict[str, Any]:
     problem, full_loss = planned.problem, calibrator.calibration.full_loss
-    model = planned.found.model
+    model, cost = planned.found.model, planned.corrected
     free = plan
     if not plan.is_full:
         budget = replace(problem.budget, max_bytes=problem.bytes(plan.leaders), max_leaders=())
         try:
-            free = exact_plan(replace(problem, budget=budget), model.cost())
+            free = exact_plan(replace(problem, budget=budget), cost)
         except PlanError:
             free = plan
         if problem.any_source:
-            free = problem.assign(free.leaders, model.cost())
+            free = problem.assign(free.leaders, cost)
     predicted = {p: 0.0 if p.is_full else model.predicted(p) for p in (plan, free)}
     return {
         "leaders": list(plan.leaders),

@@ -74,10 +74,11 @@ class CostModel:
         self.scales = scales or self._likeliest(max(spread, 1e-4))
         self._factor = self._factored(self.scales)
         self._weights = torch.cholesky_solve(self._residual[:, None], self._factor)[:, 0]
+        self._mean = self._table(self._prior + self._correction(self._weights))
 
     def cost(self) -> torch.Tensor:
         """The most likely costs, `[layers, layers]`; inf where a layer must not read, 0 on the diagonal."""
-        return self._table(self._prior + self._correction(self._weights))
+        return self._mean.clone()
 
     def sample(self, generator: torch.Generator) -> torch.Tensor:
         """Costs that the measured plans allow for, drawn from the posterior (Matheron's rule)."""
@@ -96,7 +97,7 @@ class CostModel:
     def predicted(self, plan: SharingPlan) -> float:
         """The likely loss increase of a plan, nats."""
         offset = self._offset_scale**2 * float(self._weights.sum())
-        return offset + float((_pairs(plan, self._size) * self.cost().nan_to_num(posinf=0.0)).sum())
+        return offset + float((_pairs(plan, self._size) * self._mean.nan_to_num(posinf=0.0)).sum())
 
     def _predict(self, cost: torch.Tensor) -> torch.Tensor:
         """Of each measured plan, without the offset."""
@@ -131,7 +132,8 @@ class CostModel:
         parts = zip((scales.pair, scales.reader, scales.distance), self._grams, strict=True)
         gram = self._offset_scale**2 + torch.stack([scale**2 * gram for scale, gram in parts]).sum(dim=0)
         diagonal = scales.noise**2 + 1e-10 * float(gram.diagonal().max())
-        return torch.linalg.cholesky(gram + diagonal * torch.eye(len(gram), dtype=torch.float64))
+        factor: torch.Tensor = torch.linalg.cholesky(gram + diagonal * torch.eye(len(gram), dtype=torch.float64))
+        return factor
 
     def _table(self, costs: torch.Tensor) -> torch.Tensor:
         table: torch.Tensor = torch.where(self._cost.isfinite(), costs, self._cost).fill_diagonal_(0.0)

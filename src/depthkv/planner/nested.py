@@ -25,7 +25,9 @@ def nested_plans(problem: Problem, cost: torch.Tensor, through: SharingPlan) -> 
     leaders = set(range(problem.num_layers))
     for goal in (set(through.leaders), required):
         while removable := sorted(leaders - goal):
-            leaders.remove(min(removable, key=lambda layer: (_price(problem, cost, leaders, layer), -layer)))
+            before = _objective(problem, cost, leaders)
+            prices = {layer: _price(problem, cost, leaders, layer, before) for layer in removable}
+            leaders.remove(min(removable, key=lambda layer: (prices[layer], -layer)))
             plans.append(through if leaders == set(through.leaders) else problem.assign(leaders, cost))
     return plans
 
@@ -39,11 +41,12 @@ def given_up(plans: list[SharingPlan]) -> list[int]:
     return order
 
 
-def _price(problem: Problem, cost: torch.Tensor, leaders: set[int], layer: int) -> float:
+def _objective(problem: Problem, cost: torch.Tensor, leaders: set[int]) -> float:
+    return problem.objective(plan := problem.assign(leaders, cost), problem.predicted(plan, cost))
+
+
+def _price(problem: Problem, cost: torch.Tensor, leaders: set[int], layer: int, before: float) -> float:
     """Loss of a leader's giving up, for each byte that it frees."""
-    before = problem.predicted(problem.assign(leaders, cost), cost) + problem.prefill_cost(leaders)
-    after = leaders - {layer}
-    added = problem.predicted(problem.assign(after, cost), cost) + problem.prefill_cost(after) - before
-    freed = problem.budget.leader_bytes[layer]
+    added = _objective(problem, cost, leaders - {layer}) - before
     # a gain is the larger the better, whatever it frees
-    return added / freed if added > 0 else added
+    return added / max(1, problem.budget.leader_bytes[layer]) if added > 0 else added

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ class Budget:
     """Most bytes of all leaders together, in the unit of `leader_bytes`."""
     max_leaders: tuple[tuple[Hashable, int], ...] = ()
     """Pairs of a kind of layers and how many of them may lead; kinds that are not named may all lead."""
+    even_leaders: tuple[int, ...] = ()
+    """Where the budget is a retention: the evenly spaced leaders whose bytes it is."""
     words: str = ""
     """For people: "half of the layers"."""
 
@@ -41,6 +44,7 @@ class Budget:
         return cls(
             leader_bytes=tuple(kv_bytes_per_layer(kind, dtype) for kind in kinds),
             max_leaders=tuple(counts.items()),
+            even_leaders=even.leaders,
             words=f"{len(even.leaders)} of {len(kinds)} layers",
         )
 
@@ -104,7 +108,7 @@ class Problem:
         """Layers of the model."""
         return len(self.kinds)
 
-    @property
+    @cached_property
     def required(self) -> tuple[int, ...]:
         """Layers that lead in every allowed plan: the first of each kind in each stage, and `keep`."""
         seen: set[Hashable] = set()
@@ -187,8 +191,8 @@ class Problem:
 
 
 def stage_starts(text: str, num_layers: int) -> tuple[int, ...]:
-    """First layers of pipeline stages: from their number ("4": of equal size, the later ones longer where the layers do
-    not divide), or from the layers of each ("8,8,7,7").
+    """First layers of pipeline stages: from their number ("4": sizes that differ by one layer at most), or from the
+    layers of each ("8,8,7,7").
 
     Raises:
         PlanError: stages that do not make up the model.

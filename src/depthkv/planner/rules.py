@@ -9,8 +9,10 @@ import torch
 
 from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
-from depthkv.planner.exact import exact_plan
 from depthkv.planner.problem import Problem
+
+_MOST_SHIFT = 4
+"""Layers that evenly spaced leaders are shifted by: every shift is a plan to measure."""
 
 
 def evenly_spaced(problem: Problem) -> list[SharingPlan]:
@@ -19,24 +21,35 @@ def evenly_spaced(problem: Problem) -> list[SharingPlan]:
 
     Those that obey the problem; where layers to keep or pipeline stages allow none, one as even as they leave it.
     """
-    counts = _even_counts(problem)
+    spacing = _even_places(problem)
     plans: list[SharingPlan] = []
-    widest = max(sum(1 for other in problem.kinds if other == kind) // count for kind, count in counts.items())
+    members = {kind: [layer for layer, other in enumerate(problem.kinds) if other == kind] for kind in spacing}
+    widest = min(_MOST_SHIFT, max(len(members[kind]) // len(places) for kind, places in spacing.items()))
     for shift in sorted(range(-widest, widest + 1), key=lambda shift: (abs(shift), shift)):
         leaders: list[int] = []
-        for kind, count in counts.items():
-            layers = [layer for layer, other in enumerate(problem.kinds) if other == kind]
-            stride = round(len(layers) / count)
-            even = [i * len(layers) // count for i in range(count)]
-            if len(layers[::stride]) == count:
-                even = list(range(0, len(layers), stride))
-            places = [0, *(place + shift for place in even[1:])]
-            if len(set(places)) == count and all(0 <= place < len(layers) for place in places):
-                leaders += [layers[place] for place in places]
+        for kind, places in spacing.items():
+            shifted = [0, *(place + shift for place in places[1:])]
+            if len(set(shifted)) == len(places) and all(0 <= place < len(members[kind]) for place in shifted):
+                leaders += [members[kind][place] for place in shifted]
         plan = problem.nearest(leaders) if set(problem.required) <= set(leaders) else None
         if plan is not None and problem.affords(leaders) and plan not in plans:
             plans.append(plan)
     return plans or [_even_around_required(problem)]
+
+
+def _even_places(problem: Problem) -> dict[object, list[int]]:
+    """By kind: which of its layers lead, counted among them, from 0 on."""
+    found = {}
+    for kind, count in _even_counts(problem).items():
+        layers = [layer for layer, other in enumerate(problem.kinds) if other == kind]
+        stride = round(len(layers) / count)
+        if problem.budget.even_leaders:
+            found[kind] = [place for place, layer in enumerate(layers) if layer in problem.budget.even_leaders]
+        elif len(layers[::stride]) == count:
+            found[kind] = list(range(0, len(layers), stride))
+        else:
+            found[kind] = [i * len(layers) // count for i in range(count)]
+    return found
 
 
 def _even_counts(problem: Problem) -> dict[object, int]:
@@ -81,11 +94,6 @@ def random_plan(problem: Problem, seed: int = 0) -> SharingPlan:
         if problem.affords({*leaders, layer}):
             leaders.add(layer)
     return problem.nearest(leaders)
-
-
-def least_distance(problem: Problem, distance: torch.Tensor) -> SharingPlan:
-    """What a cheap measure alone would choose: `exact_plan` with a distance, `[layers, layers]`, as the cost."""
-    return exact_plan(problem, distance)
 
 
 def paired(problem: Problem, distance: torch.Tensor, *, most_alike_first: bool) -> SharingPlan:

@@ -7,8 +7,9 @@ layers, and pairs that interact badly are found out after a few. Every fourth pr
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from depthkv.plan import SharingPlan
 from depthkv.planner.exact import exact_plan
 from depthkv.planner.model import CostModel, Measured
 from depthkv.planner.problem import Problem
+
+_RANKED = 20
+"""Of the best plans, those whose neighbours are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +103,32 @@ def _propose(
     generator: torch.Generator,
 ) -> SharingPlan | None:
     """A plan that is not measured yet: the best by the model or by a sample of it, or a neighbour of the best plans."""
-    if turn % 4 != 3:
-        for attempt in range(6):
-            costs = model.cost() if attempt == 0 and turn % 2 == 0 else model.sample(generator)
-            plan = exact_plan(problem, costs)
-            plan = problem.assign(plan.leaders, costs) if problem.any_source else plan
-            if plan.kv_source_layers not in done:
-                return plan
     corrected = model.cost()
+    if turn % 4 != 3:
+        first = [corrected] if turn % 2 == 0 else []
+        if (plan := _solved(problem, done, itertools.chain(first, _samples(model, generator, 5)))) is not None:
+            return plan
     ranked = sorted(done.values(), key=lambda m: problem.objective(m.plan, m.increase))
-    for best in ranked[:3]:
+    for best in ranked[:_RANKED]:
         near = [plan for plan in neighbours(problem, best.plan) if plan.kv_source_layers not in done]
         if near:
             return min(near, key=lambda plan: problem.objective(plan, problem.predicted(plan, corrected)))
+    return _solved(problem, done, _samples(model, generator, 20))
+
+
+def _samples(model: CostModel, generator: torch.Generator, count: int) -> Iterator[torch.Tensor]:
+    return (model.sample(generator) for _ in range(count))
+
+
+def _solved(
+    problem: Problem, done: Mapping[tuple[int, ...], Measured], costs: Iterable[torch.Tensor]
+) -> SharingPlan | None:
+    """The best plan under the first of some costs whose best plan is not measured yet."""
+    for cost in costs:
+        plan = exact_plan(problem, cost)
+        plan = problem.assign(plan.leaders, cost) if problem.any_source else plan
+        if plan.kv_source_layers not in done:
+            return plan
     return None
 
 

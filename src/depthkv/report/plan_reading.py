@@ -79,8 +79,8 @@ class Certainty:
     leader_share: tuple[float, ...]
     """For each layer: in which it leads."""
     same_plan: float
-    better_than_even: float
-    """In which the chosen plan's predicted loss is below the evenly spaced plan's."""
+    better_than_even: float | None
+    """In which the chosen plan's measured loss is below the evenly spaced plan's; None where that is the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,5 +254,5 @@ def _certainty(found: CheckedObject, num_layers: int) -> Certainty:
         resamples=found.whole("resamples", 1),
         leader_share=found.shares("leader_share", num_layers),
         same_plan=found.share("same_plan"),
-        better_than_even=found.share("better_than_even"),
+        better_than_even=found.share("better_than_even") if "better_than_even" in found else None,
     )

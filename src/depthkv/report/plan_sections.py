@@ -136,8 +136,11 @@ def _entries(found: PlanFigures) -> tuple[tuple[str, str, str], ...]:
         around = interval(own.against_even.low, own.against_even.high, 3, sign=True)
         entries.append(("Against evenly spaced", signed(own.against_even.value, 3), f"{around} held out".strip()))
     if found.certainty is not None:
-        better = per_cent(found.certainty.better_than_even).replace(" ", "\u00a0")
-        words = f"of the resamples; in {better} better than evenly spaced"
+        often = found.certainty.better_than_even
+        words = "of the resamples"
+        if often is not None:
+            better = per_cent(often).replace(" ", "\u00a0")
+            words += f"; in {better} better than evenly spaced"
         entries.append(("The same plan again", per_cent(found.certainty.same_plan), words))
     return tuple(entries)
 
