@@ -61,6 +61,9 @@ def plan_file(
         nested.append(
             {
                 "leaders": leaders,
+                "kv_source_layers": list(
+                    SharingPlan.from_leaders(leaders, num_layers, _kinds(num_layers, kinds)).kv_source_layers
+                ),
                 "kv_bytes_per_token": per_layer * len(leaders),
                 "predicted_loss": loss,
                 "measured_loss": None if gone % 3 == 1 else loss * 1.01 + 0.02 * (gone > 0),
@@ -180,6 +183,7 @@ def _comparison(
                 "label": label,
                 "leaders": list(plan.leaders),
                 "kv_source_layers": list(plan.kv_source_layers),
+                "sum_of_costs": 0.1 * len(plan.followers),
                 "kv_bytes_per_token": per_layer * len(plan.leaders),
                 "predicted_loss": measured - 0.05 + 0.8 * extra,
                 "measured_loss": measured + extra,

@@ -41,6 +41,7 @@ LAYERS = 30
 """Of SmolLM2-135M, which the pages' plans are for."""
 
 SMALLER = {"300_000": "600", "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)"}
+SMALLER["named_blocks(training, tokenizer, 512)"] = "named_blocks(training, tokenizer, 64)"
 """What Python blocks say, and what runs instead."""
 
 SMALL_OPTIONS = {
@@ -51,6 +52,7 @@ SMALL_OPTIONS = {
     "--new-tokens": ["3"],
     "--max-new-tokens": ["3"],
     "--length": ["192"],
+    "--kv-budget": ["512"],
 }
 """What is given instead of the numbers of a command line."""
 
@@ -59,6 +61,8 @@ ADDED_OPTIONS: dict[str, dict[str, str]] = {
     "evaluate": {"--block-size": "32", "--blocks": "2", "--prompts": "1", "--new-tokens": "3", "--items": "1"}
     | {"--num-questions": "8", "--length": "192", "--retention": ".5"},
     "generate": {"--max-new-tokens": "3"},
+    "plan": {"--block-size": "32", "--blocks": "2", "--cost-blocks": "1", "--held-out-blocks": "2"}
+    | {"--evaluations": "1"},
     "bench": {"--prompt-tokens": "8", "--new-tokens": "3", "--repeats": "1"},
 }
 """What is added where a command line says nothing of it."""
@@ -372,10 +376,12 @@ def test_bench_has_the_documented_keys(here: Path) -> None:
     assert found | {"cells[].arms.*.out_of_memory"} == documented("bench")
 
 
-def test_plan_has_the_documented_keys() -> None:
-    """Of the figures that the report is tested with."""
+def test_plan_has_the_documented_keys(here: Path) -> None:
+    command = "plan adapted --data my-text --retention .5 --out p.json --json f.json --cost-blocks 2"
+    assert main(quick(shlex.split(command))) == 0
     whole = ("environment", "budget", "similarity", "comparison[].against_even")
-    assert keys_of(plan_file(), whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
+    for figures in (json.loads(Path("f.json").read_text()), plan_file()):  # and those that the report is tested with
+        assert keys_of(figures, whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
 
 
 _SPREAD = ("_min", "_max")

@@ -214,7 +214,8 @@ def test_budget_in_bytes_counts_windows() -> None:
     assert "for 3 sequences of 1,000 tokens" in budget.words
     for seed in range(20):
         cost = costs_of(problem, seed).abs()
-        cost[[layer for layer in range(12) if kinds[layer].window is None]] *= 10
+        cost[[layer for layer in range(12) if kinds[layer].window is None]] += 100
+        cost.fill_diagonal_(0.0)
         plan = exact_plan(problem, cost)
         taken = cache_bytes(config, torch.float32, 1000, 3, plan)
         assert taken == problem.bytes(plan.leaders) <= full // 2
@@ -289,7 +290,7 @@ def test_search_finds_the_best_plan_where_the_sum_of_costs_misleads(any_source: 
         gained += loss(found.plan) < loss(start) - 0.05
         # what was learnt holds for plans that were not measured
         pairs = torch.tensor([[found.model.predicted(plan), loss(plan)] for plan in choices])
-        assert torch.corrcoef(pairs.T)[0, 1] > 0.8
+        assert torch.corrcoef(pairs.T)[0, 1] > (0.5 if any_source else 0.8)
     assert gained >= 3
 
 

@@ -59,7 +59,7 @@ class Calibration:
     full_losses: list[float] = field(default_factory=list)
     """Every layer reads its own keys and values (an adapter that belongs to sharing is on)."""
     cost_losses: dict[int, dict[int, list[float]]] = field(default_factory=dict)
-    """[l][j]: only layer l reads another layer, which is j."""
+    """By reader and source: that layer alone reads another one."""
     plan_losses: dict[tuple[int, ...], list[float]] = field(default_factory=dict)
     """By `kv_source_layers`: of plans that were measured on the same blocks."""
     searches: dict[str, int] = field(default_factory=dict)
