@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=64, help="training blocks, compared")
     parser.add_argument("--cost-blocks", type=int, default=16, help="of these, on which losses are measured")
     parser.add_argument("--held-out-blocks", type=int, default=64)
+    parser.add_argument(
+        "--validation", action="store_true", help="calibrate on half of the held-out documents, compare on the others"
+    )
     parser.add_argument("--evaluations", type=int, default=80)
     parser.add_argument("--sources", nargs="+", default=["nearest", "any"], choices=["nearest", "any"])
     parser.add_argument("--batch-size", type=int, default=16)
@@ -50,6 +53,8 @@ def main() -> None:
     model, tokenizer, _ = load(args.model, dtype=args.dtype, device=args.device)
     kinds = layer_kinds(model.config)
     train, held = split_documents(resolve_data(args.data))
+    if args.validation:  # a model that knows the training text by heart says nothing on it
+        train, held = split_documents(held, held_out_fraction=0.5, seed=1)
     blocks, documents = named_blocks(train, tokenizer, args.block_size)
     chosen = spread(len(blocks), args.blocks)
     calibrator = Calibrator(
@@ -109,6 +114,7 @@ def main() -> None:
                 "label": args.label,
                 "model": args.model,
                 "data": args.data,
+                "calibrated_on": "validation" if args.validation else "training",
                 "retention": retention,
                 "any_source": any_source,
                 "evaluations": len(planned.found.measured),

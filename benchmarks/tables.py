@@ -120,12 +120,95 @@ def bench() -> str:
     return table(headings, rows)
 
 
+PLANNER = {
+    "untrained": "untrained",
+    "leader subsets, all layers": "leader subsets, all layers",
+    "leader subsets, adapter": "leader subsets, adapter",
+    "R-CLA, adapter": "R-CLA, adapter",
+    "shipped adapter": "shipped adapter",
+    "from scratch, leader subsets": "from scratch, 12 layers",
+}
+"""Models of benchmarks/planner.py, in the order of the table."""
+
+
+def planner_runs() -> dict[tuple[str, float, bool], dict[str, Any]]:
+    """By model, retention and whether any source was allowed; of several runs the last."""
+    runs = {(run["label"], run["retention"], run["any_source"]): run for run in read("planner.jsonl")}
+    order = list(PLANNER)
+    return {key: runs[key] for key in sorted(runs, key=lambda key: (order.index(key[0]), -key[1], key[2]))}
+
+
+def excess(run: dict[str, Any], rule: str) -> float:
+    """Held-out loss over the full cache's."""
+    value: float = run["rules"][rule]["held_out"]["value"] - run["full_held_out"]["value"]
+    return value
+
+
+def best_even(run: dict[str, Any]) -> str:
+    """The evenly spaced plan, of all shifts, that is best on the held-out text: the planner does not see that."""
+    return min((rule for rule in run["rules"] if rule.startswith("evenly spaced,")), key=lambda rule: excess(run, rule))
+
+
+def planner() -> str:
+    """Excess loss of evenly spaced plans and of the planner's."""
+    runs = planner_runs()
+    rows = []
+    for label, retention in dict.fromkeys(key[:2] for key in runs):
+        found = {name: runs.get((label, retention, name == "any")) for name in ("nearest", "any")}
+        run = found["any"] or found["nearest"]
+        assert run is not None
+        even, best = excess(run, "evenly spaced, 0"), excess(run, best_even(run))
+        cells = [PLANNER[label], f"{run['rules']['planner']['leaders']}", f"{run['full_held_out']['value']:.2f}"]
+        cells += [f"{even:+.3f}", f"{best:+.3f}"]
+        for name in ("nearest", "any"):
+            cells.append(f"{excess(found[name], 'planner'):+.3f}" if found[name] else "")
+        against = run["rules"]["planner"]["against_even"]
+        cells.append(
+            f"{against['difference']:+.3f} ({against['difference_low']:+.3f} to {against['difference_high']:+.3f})"
+        )
+        own = excess(run, "planner")
+        cells += [f"{1 - own / other:.0%}" if other > 0.001 and own > 0 else "-" for other in (even, best)]
+        rows.append(cells)
+    headings = ["model", "layers kept", "full cache", "evenly spaced", "best shift of these", "planner, nearest source"]
+    headings += ["planner, any source", "any source less evenly spaced", "less excess", "less than the best shift"]
+    return table(headings, rows)
+
+
+def planner_rules() -> str:
+    """Excess loss of every rule at half of the layers."""
+    runs = planner_runs()
+    names = ["planner", "evenly spaced", "sum of costs, not searched", "random leaders", "K/V similarity only"]
+    names += ["KVSharer: most unlike first", "its reverse: most alike first", "attention outputs only"]
+    labels = [label for label in PLANNER if (label, 0.5, True) in runs]
+    rows = []
+    for name in names:
+        rows.append([name, *(f"{excess(runs[label, 0.5, True], name):+.3f}" for label in labels)])
+    return table(["rule", *(PLANNER[label] for label in labels)], rows)
+
+
+def memory() -> str:
+    """Byte formulas beside what was allocated."""
+    rows = []
+    for run in read("memory.jsonl"):
+        for cell in run["rows"]:
+            cells = [cell["family"], f"{cell['retention']:.2f}"]
+            for part in ("weights", "cache", "activations"):
+                formula, measured = cell[part]["formula"], cell[part]["measured"]
+                cells += [f"{measured / 2**20:.2f} MiB", f"{formula / measured - 1:+.2%}"]
+            rows.append(cells)
+    headings = ["family", "kept", "weights", "formula", "cache", "formula", "prefill", "formula"]
+    return table(headings, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "comparison-texts": comparison_texts,
     "positions": positions,
     "qa": qa,
     "bench": bench,
+    "planner": planner,
+    "planner-rules": planner_rules,
+    "memory": memory,
 }
 
 

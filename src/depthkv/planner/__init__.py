@@ -5,5 +5,6 @@ from depthkv.planner.explain import Planned, make_plan
 from depthkv.planner.nested import nested_plans
 from depthkv.planner.problem import Budget, Problem
 from depthkv.planner.search import search
+from depthkv.planner.swaps import cheapest_plan
 
-__all__ = ["Budget", "Planned", "Problem", "exact_plan", "make_plan", "nested_plans", "search"]
+__all__ = ["Budget", "Planned", "Problem", "cheapest_plan", "exact_plan", "make_plan", "nested_plans", "search"]

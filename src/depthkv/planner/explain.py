@@ -21,6 +21,7 @@ from depthkv.planner.nested import given_up, nested_plans
 from depthkv.planner.problem import Problem
 from depthkv.planner.rules import distance_of, evenly_spaced, paired, random_plan
 from depthkv.planner.search import Found, search
+from depthkv.planner.swaps import cheapest_plan
 
 THIS_PLAN, EVEN = "this plan", "evenly spaced"
 _KNOWN_STARTS = 3
@@ -79,7 +80,7 @@ def make_plan(
     even = evenly_spaced(problem)
     start = [exact_plan(problem, cost), *even, *(plan for _, plan in rivals)]
     if problem.any_source:
-        start.insert(1, problem.assign(start[0].leaders, cost))
+        start.insert(1, cheapest_plan(problem, cost))
     known = _known(calibration, problem, full, seed)
     ranked = sorted(known, key=lambda entry: problem.objective(entry.plan, entry.increase))
     start += [entry.plan for entry in ranked if problem.allows(entry.plan)][:_KNOWN_STARTS]

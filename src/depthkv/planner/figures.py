@@ -15,9 +15,9 @@ from depthkv.evaluate.intervals import score
 from depthkv.evaluate.perplexity import spread
 from depthkv.memory import kv_bytes_per_token
 from depthkv.plan import SharingPlan
-from depthkv.planner.exact import exact_plan
 from depthkv.planner.explain import Planned, compare_held_out
 from depthkv.planner.model import CostModel
+from depthkv.planner.swaps import cheapest_plan
 
 FORMAT, VERSION = "depthkv-plan-figures", 1
 
@@ -125,11 +125,9 @@ def _nested(planned: Planned, calibrator: Calibrator, plan: SharingPlan, bytes_p
     if not plan.is_full:
         budget = replace(problem.budget, max_bytes=problem.bytes(plan.leaders), max_leaders=())
         try:
-            free = exact_plan(replace(problem, budget=budget), cost)
+            free = cheapest_plan(replace(problem, budget=budget), cost)
         except PlanError:
             free = plan
-        if problem.any_source:
-            free = problem.assign(free.leaders, cost)
     predicted = {p: 0.0 if p.is_full else model.predicted(p) for p in (plan, free)}
     return {
         "leaders": list(plan.leaders),

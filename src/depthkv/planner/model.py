@@ -1,10 +1,9 @@
 """What a plan's loss will be, from the costs of single pairs and from plans that were measured.
 
 Costs of pairs, each measured with all other layers on their own keys and values, seldom add up to a plan's. The model
-keeps the sum over pairs, which the exact planner needs, and corrects its terms: a Gaussian process whose prior mean is
-the measured cost and whose errors are shared by pairs of the same reader and by pairs as far apart. On an adapted
-SmolLM2-135M it explains 91 to 98 % of the variance among plans that it has not seen, where the sum of measured costs
-explains nothing (docs/results.md).
+keeps the sum over pairs, which planning needs, and corrects its terms: a Gaussian process whose prior mean is the
+measured cost and whose errors are shared by pairs of the same reader and by pairs as far apart. For an adapter that was
+never trained with the full cache, the sum of measured costs does not even rank plans (docs/results.md).
 """
 
 from __future__ import annotations

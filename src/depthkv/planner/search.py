@@ -1,7 +1,7 @@
 """Search with measured losses, where costs do not add up.
 
-A model of the costs is corrected by all plans measured so far; the exact planner solves it, or a sample from it
-(Thompson sampling), and what it proposes is measured next. So a proposal may differ from the best plan in any number of
+A model of the costs is corrected by all plans measured so far; the plan that is cheapest by it, or by a sample from it
+(Thompson sampling), is measured next. So a proposal may differ from the best plan in any number of
 layers, and pairs that interact badly are found out after a few. Every fourth proposal is a neighbour of the best plan.
 """
 
@@ -16,9 +16,9 @@ import torch
 
 from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
-from depthkv.planner.exact import exact_plan
 from depthkv.planner.model import CostModel, Measured
 from depthkv.planner.problem import Problem
+from depthkv.planner.swaps import cheapest_plan
 
 _RANKED = 20
 """Of the best plans, those whose neighbours are tried."""
@@ -125,8 +125,7 @@ def _solved(
 ) -> SharingPlan | None:
     """The best plan under the first of some costs whose best plan is not measured yet."""
     for cost in costs:
-        plan = exact_plan(problem, cost)
-        plan = problem.assign(plan.leaders, cost) if problem.any_source else plan
+        plan = cheapest_plan(problem, cost)
         if plan.kv_source_layers not in done:
             return plan
     return None
