@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from depthkv.calibrate import SIMILARITIES
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
+from depthkv.planner.explain import EVEN, THIS_PLAN
+from depthkv.planner.figures import VERSION
 from depthkv.report.checked import CheckedObject, Matrix, kind
-
-PLAN_FORMAT, PLAN_VERSION = "depthkv-plan-figures", 1
-THIS_PLAN, EVENLY_SPACED = "this plan", "evenly spaced"
-"""Labels of two rows of the comparison."""
-SIMILARITIES = (
-    "key_cka",
-    "key_cosine",
-    "key_r2",
-    "kv_distance",
-    "value_cka",
-    "value_cosine",
-    "value_r2",
-    "output_cosine",
-    "output_error",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +114,7 @@ class PlanFigures:
     @property
     def even(self) -> Rule | None:
         """The evenly spaced plan, where it was compared with."""
-        return next((rule for rule in self.rules if rule.label == EVENLY_SPACED), None)
+        return next((rule for rule in self.rules if rule.label == EVEN), None)
 
 
 def plan_figures(top: CheckedObject, file: str) -> PlanFigures:
@@ -135,8 +123,8 @@ def plan_figures(top: CheckedObject, file: str) -> PlanFigures:
     Raises:
         DepthKVError: a key that is missing or holds something else; names it.
     """
-    if top.values.get("version") != PLAN_VERSION or isinstance(top.values["version"], bool):
-        raise top.wrong("version", str(PLAN_VERSION))
+    if top.values.get("version") != VERSION or isinstance(top.values["version"], bool):
+        raise top.wrong("version", str(VERSION))
     num_layers = top.whole("num_layers", 1)
     plan = _plan(top, num_layers)
     top.share("retention")

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 
 from depthkv.memory import format_bytes
+from depthkv.planner.explain import EVEN
 from depthkv.report.charts import Item, item_chart, swatch
 from depthkv.report.parts import Cell, Chart, Grid, Row, Section, Table, fixed, headings, interval, score_cell, signed
-from depthkv.report.plan_reading import EVENLY_SPACED, Difference, PlanFigures, Rule
+from depthkv.report.plan_reading import Difference, PlanFigures, Rule
 
 _PREDICTED, _MEASURED, _HELD_OUT = 0, 1, 2
 """Styles of marks."""
@@ -20,10 +21,10 @@ def rule_section(found: PlanFigures) -> Section:
     near = _near(found)
     if near:
         charts.append(_rule_chart(found, near, f"The same, closer: the best {len(near)}."))
-    compared = [rule for rule in found.rules if rule.label != EVENLY_SPACED]
+    compared = [rule for rule in found.rules if rule.label != EVEN]
     charts.append(_difference_chart(compared, "Held-out loss less the evenly spaced plan's, on the same items."))
     if near:
-        closer = [rule for rule in near if rule.label != EVENLY_SPACED]
+        closer = [rule for rule in near if rule.label != EVEN]
         charts.append(_difference_chart(closer, f"The same, closer: the best {len(closer)}."))
     rows = []
     for rule in found.rules:

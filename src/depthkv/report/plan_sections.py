@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from depthkv.memory import format_bytes
+from depthkv.planner.explain import EVEN
 from depthkv.report.charts import Line, Point, line_chart, swatch
 from depthkv.report.maps import box_swatch, figure, layer_bars, layer_map, scale_of, staircase
 from depthkv.report.parts import (
@@ -24,7 +25,7 @@ from depthkv.report.parts import (
     signed,
 )
 from depthkv.report.plan_diagram import plan_diagram
-from depthkv.report.plan_reading import EVENLY_SPACED, NestedPlan, PlanFigures
+from depthkv.report.plan_reading import NestedPlan, PlanFigures
 from depthkv.report.plan_rules import rule_section
 
 Plans = Mapping[str, PlanFigures]
@@ -196,8 +197,8 @@ def _curve_lines(found: PlanFigures) -> list[Line]:
         Line(label="measured", points=tuple(measured), dense=len(measured) > 12),
     ]
     for label, rules in (
-        ("evenly spaced, measured", [rule for rule in found.rules[1:] if rule.label == EVENLY_SPACED]),
-        ("other rules, measured", [rule for rule in found.rules[1:] if rule.label != EVENLY_SPACED]),
+        ("evenly spaced, measured", [rule for rule in found.rules[1:] if rule.label == EVEN]),
+        ("other rules, measured", [rule for rule in found.rules[1:] if rule.label != EVEN]),
     ):
         points = tuple(
             Point(x=rule.bytes_per_token, y=rule.measured, words=f"{rule.label}: {fixed(rule.measured, 3)} measured")

@@ -12,8 +12,9 @@ from pathlib import Path
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
+from depthkv.planner.figures import FORMAT as PLAN_FORMAT
 from depthkv.report.checked import CheckedObject, kind
-from depthkv.report.plan_reading import PLAN_FORMAT, PlanFigures, plan_figures
+from depthkv.report.plan_reading import PlanFigures, plan_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
 HEALTH = ("repetition", "length", "ended", "same_prefix")
