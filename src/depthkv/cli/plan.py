@@ -88,8 +88,8 @@ def plan_command(
     stopped, and another budget needs no new calibration with the same --calibration. `depthkv report` draws the JSON.
     """
     sizes = {"--kv-budget": _size("--kv-budget", kv_budget), "--memory": _size("--memory", memory)}
-    if sum(value is not None for value in (retention, kv_budget, memory)) != 1:
-        raise DepthKVError("expected one of --retention, --kv-budget and --memory")
+    if (given := sum(value is not None for value in (retention, kv_budget, memory))) != 1:
+        raise DepthKVError(f"expected one of --retention, --kv-budget and --memory, got {given or 'none'}")
     if retention is not None and (context is not None or batch != 1):
         raise DepthKVError("expected --context and --batch with --kv-budget or --memory, got --retention")
     if memory is not None and context is None:

@@ -169,7 +169,7 @@ def _settings(top: CheckedObject, data: tuple[str, ...], budget: str) -> dict[st
     used = top.object("calibration")
     tokens, documents = used.whole("tokens", 1), used.whole("documents", 1)
     blocks = f"blocks of {used.whole('block_size', 1):,}"
-    search = f"{used.whole('search_evaluations'):,} losses predicted, {_seconds(used, 'search_seconds')}"
+    search = f"{used.whole('search_evaluations'):,} plans measured, {_seconds(used, 'search_seconds')}"
     return {
         "budget": budget,
         "text": ", ".join(data),

@@ -259,7 +259,7 @@ def _similarity(found: PlanFigures) -> Section | None:
     maps = []
     for key, values in found.similarity.items():
         # a distance is small where layers are alike, and alike is bright everywhere
-        scale = scale_of(values, falling=key == "kv_distance")
+        scale = scale_of(values, falling=key in ("kv_distance", "output_error"))
         if scale is not None:
             title = f"{_MAPS[key]}: from {figure(scale.low)} to {figure(scale.high)}"
             maps.append(Chart(svg=layer_map(values, scale, title=title, small=True), caption=_MAPS[key]))
