@@ -170,7 +170,7 @@ def planner() -> str:
         cells += [f"{1 - own / other:.0%}" if other > 0.001 and own > 0 else "-" for other in (even, best)]
         rows.append(cells)
     headings = ["model", "layers kept", "full cache", "evenly spaced", "best shift of these", "planner, nearest source"]
-    headings += ["planner, any source", "any source less evenly spaced", "less excess", "less than the best shift"]
+    headings += ["planner, any source", "less evenly spaced", "less excess", "less than the best shift"]
     return table(headings, rows)
 
 
