@@ -109,6 +109,7 @@ def plan_file(
         },
         "full_loss": FULL_LOSS,
         "held_out_full": score(3.45, 0.06),
+        "held_out_adapter_off": score(3.61, 0.06),
         "similarity": {name: _similarity(name, num_layers, kinds, rng) for name in MEASURES},
         "cost": cost,
         "order": order,

@@ -312,12 +312,12 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, measured: tuple[Any
         (model, {"cost_blocks": 3}),
         (model, {"output_blocks": 2}),
     ):
-        with pytest.raises(DepthKVError, match="expected a calibration of this model on this text"):
+        with pytest.raises(DepthKVError, match="expected measurements of this model with this adapter"):
             calibrator(other, path, **changes)
     with torch.no_grad():
         changed = family("llama")
         changed.model.layers[2].mlp.up_proj.weight[-1, -1] += 1.0
-    with pytest.raises(DepthKVError, match="expected a calibration of this model"):
+    with pytest.raises(DepthKVError, match="expected measurements of this model"):
         calibrator(changed, path)
 
 

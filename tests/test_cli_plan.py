@@ -94,7 +94,7 @@ def test_another_budget_needs_no_new_calibration(model: Path, text: Path, tmp_pa
     third = SharingPlan.load(tmp_path / "third.json")
     assert len(third.leaders) == 2 and third == SharingPlan.from_leaders(third.leaders, 6)
     assert Calibration.load(kept).cost_losses == costs
-    assert figures(tmp_path / "f.json")["budget"]["words"] == "128 B per token"
+    assert figures(tmp_path / "f.json")["budget"]["words"] == "128 B per token in float32; nearest source"
 
 
 def real_full_cache(self: Any) -> Any:
@@ -180,9 +180,15 @@ BAD_INPUT: dict[str, tuple[tuple[object, ...], str]] = {
     "plan without a budget": ((), "expected one of --retention, --kv-budget and --memory"),
     "two budgets of a plan": (("--retention", ".5", "--kv-budget", "1KiB"), "expected one of --retention"),
     "retention above 1": (("--retention", "2"), "--retention"),
-    "a budget for everything": (("--retention", "1"), "--retention: expected a budget below the full cache's"),
+    "a budget for everything": (
+        ("--retention", "1"),
+        "--retention: expected a budget that not all layers' caches fit into, got 6 of 6 layers",
+    ),
     "a budget that is no size": (("--kv-budget", "much"), "--kv-budget: expected a size"),
-    "a budget for nothing": (("--kv-budget", "10"), "--kv-budget: expected a budget for the layers that must lead (0)"),
+    "a budget for nothing": (
+        ("--kv-budget", "10"),
+        "--kv-budget: expected a budget for the 1 layers that must lead (0), got one of 10 B",
+    ),
     "memory without a context": (("--memory", "1GiB"), "expected --context with --memory"),
     "memory below the weights": (
         ("--memory", "1KiB", "--context", "8"),
@@ -195,7 +201,14 @@ BAD_INPUT: dict[str, tuple[tuple[object, ...], str]] = {
     "no stages": (("--retention", ".5", "--pipeline-stages", ""), "--pipeline-stages: expected"),
     "more stages than leaders": (("--retention", ".5", "--pipeline-stages", "4"), "must lead (0, 1, 3, 4)"),
     "negative weight": (("--retention", ".5", "--prefill-weight", "-1"), "--prefill-weight"),
-    "calibration of something else": (("--retention", ".5", "--calibration", "old.json"), "old.json: expected"),
+    "more blocks than there are": (
+        ("--retention", ".5", "--blocks", "4", "--cost-blocks", "5"),
+        "--cost-blocks: expected",
+    ),
+    "calibration of something else": (
+        ("--retention", ".5", "--calibration", "old.json"),
+        "--calibration: old.json: expected",
+    ),
     "calibration onto the plan": (
         ("--retention", ".5", "--calibration", "plan.json"),
         "--calibration: expected another",

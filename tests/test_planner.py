@@ -186,13 +186,13 @@ def test_what_may_not_be() -> None:
     nearest = Problem(kinds=("a",) * 4, budget=replace(budget, max_bytes=3), any_source=False)
     assert not nearest.allows(SharingPlan([0, 1, 2, 0])) and nearest.allows(SharingPlan([0, 1, 2, 2]))
     for changes, message in (
-        ({"keep": {1, 2}}, r"must lead \(0, 1, 2\), got two layers, where they take 3 B"),
+        ({"keep": {1, 2}}, r"for the 3 layers that must lead \(0, 1, 2\), got one of two layers, where they take 3 B"),
         ({"keep": {4}}, "layers to keep between 0 and 3, got 4"),
         ({"stages": (1,)}, "stages to start at 0"),
         ({"stages": (0, 4)}, "stages to start below layer 4"),
         ({"prefill_weight": -1.0}, "prefill weight of at least 0"),
         ({"kinds": ("a",) * 5}, "a budget for 5 layers, got one for 4"),
-        ({"budget": replace(budget, max_leaders=(("a", 0),))}, "which allows 0 of a"),
+        ({"budget": replace(budget, max_leaders=(("a", 0),))}, "got one of two layers"),
     ):
         with pytest.raises(PlanError, match=message):
             Problem(**{"kinds": ("a",) * 4, "budget": budget, **changes})
@@ -240,7 +240,7 @@ def test_budget_in_bytes_counts_windows() -> None:
         # a window takes next to nothing: as many full layers as fit are worth more
         assert sum(1 for layer in plan.leaders if kinds[layer].window is None) == 2
     per_token = Budget.of_bytes(512, tiny_config("llama"), torch.float32, context=1)
-    assert per_token.words == "512 B per token" and set(per_token.leader_bytes) == {128}
+    assert per_token.words == "512 B per token in float32" and set(per_token.leader_bytes) == {128}
     plan = exact_plan(
         problem := Problem(kinds=layer_kinds(tiny_config("llama")), budget=per_token), costs_of(problem, 1)
     )

@@ -177,11 +177,11 @@ class SharingPlan:
         """The inverse of `to_dict`; unknown keys, another format or version and wrong types are errors."""
         if not isinstance(data, dict):
             raise PlanError(f"expected a JSON object, got {type(data).__name__}")
+        if data.get("format") != FORMAT:
+            raise PlanError(f'expected "format": "{FORMAT}", got {data.get("format")!r}')
         known = {"format", "version", "kv_source_layers", "provenance"}
         if unknown := sorted(str(key) for key in data.keys() - known):
             raise PlanError(f"expected only the keys {sorted(known)}, got {unknown[0]!r}")
-        if data.get("format") != FORMAT:
-            raise PlanError(f'expected "format": "{FORMAT}", got {data.get("format")!r}')
         if data.get("version") != VERSION or isinstance(data["version"], bool):
             raise PlanError(f'expected "version": {VERSION}, got {data.get("version")!r}')
         if "kv_source_layers" not in data:

@@ -21,7 +21,7 @@ from depthkv.evaluate.perplexity import perplexity, spread
 from depthkv.evaluate.text import Features, check_blocks, reading, rows_at_once, token_losses
 from depthkv.files import replacing
 from depthkv.plan import SharingPlan
-from depthkv.sharing import share
+from depthkv.sharing import _adapter_switch, share
 
 SAVE_SECONDS = 15.0
 """Between two saves: what a kill can cost."""
@@ -86,8 +86,8 @@ class Calibrator:
             same = ("fingerprint", "kinds", "block_documents", "block_size")
             if any(getattr(found, name) != getattr(fresh, name) for name in same):
                 raise DepthKVError(
-                    f"{path}: expected a calibration of this model on this text with these settings, got another one; "
-                    "name another file, or delete it"
+                    f"{path}: expected measurements of this model with this adapter, on the same text, number and size "
+                    "of blocks, got others; name another file to begin anew"
                 )
             self.calibration = found
         self._saved = time.monotonic()
@@ -249,6 +249,11 @@ class Calibrator:
         """The mean of `plan_losses`."""
         losses = self.plan_losses(plan)
         return math.fsum(losses) / len(losses)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the model has an adapter that is on while layers share, and off in the model with its full cache."""
+        return _adapter_switch(self.model) is not None
 
     @contextmanager
     def with_own_kv(self) -> Iterator[None]:

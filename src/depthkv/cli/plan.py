@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,14 +37,18 @@ def plan_command(
         float | None, option("--retention", inputs.retention_value, "R", "Keep this share of the layers of each kind.")
     ] = None,
     kv_budget: Annotated[
-        str | None, typer.Option("--kv-budget", metavar="SIZE", help="Bytes of the cache, such as 2GiB.")
+        str | None, typer.Option("--kv-budget", metavar="SIZE", help="Bytes of the cache in --dtype, such as 2GiB.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="Memory of one device: the cache gets what weights leave."),
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Of one device: the cache gets what weights and one prompt's prefill leave.",
+        ),
     ] = None,
     context: Annotated[
-        int | None, option("--context", count, "N", "Tokens per sequence.  [default: 1, bytes per token]")
+        int | None, option("--context", count, "N", "Tokens per sequence.  [default: --kv-budget is per token]")
     ] = None,
     batch: Annotated[int, option("--batch", count, "N", "Sequences.")] = 1,
     keep: Annotated[
@@ -94,6 +101,8 @@ def plan_command(
         raise DepthKVError("expected --context and --batch with --kv-budget or --memory, got --retention")
     if memory is not None and context is None:
         raise DepthKVError("expected --context with --memory, got none")
+    if cost_blocks > blocks:
+        raise DepthKVError(f"--cost-blocks: expected at most the {blocks} of --blocks, got {cost_blocks}")
     if out.exists() and not out.is_file():
         raise DepthKVError(f"--out: expected a file, got {out}")
     path = calibration or json_path(out.with_name(f"{out.stem}.calibration.json"))
@@ -123,24 +132,28 @@ def plan_command(
             _require_choice(found)
         return found
 
-    if retention is not None:  # the others need to know the dtype, which may be that of the weights
-        problem_of(torch.bfloat16)
+    if retention is not None or dtype != "auto":  # else bytes depend on the dtype of the weights
+        problem_of(inputs.DTYPES.get(dtype, torch.bfloat16))
     texts = {name: _documents(name) for name in dict.fromkeys(data)}
     with waiting(f"loading {model}"):
         loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
         training = _blocks(texts, 0, tokenizer, block_size, blocks)
         held_out, held_out_documents = _blocks(texts, 1, tokenizer, block_size, held_out_blocks)
     problem = problem_of(loaded.dtype)
+    begun = path.exists()
+    with naming("--calibration"):
+        calibrator = Calibrator(loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=_bar)
+    show(f"{'going on from' if begun else 'measurements are kept in'} {path}")
     with naming(model):
-        calibrator = Calibrator(
-            loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=progress_bar
-        )
         try:
             calibrator.measure_similarity()
             calibrator.measure_outputs()
             calibrator.measure_costs()
-            planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=progress_bar)
+            planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=_bar)
             losses = _compare(calibrator, planned, held_out, batch_size)
+            served = None
+            if calibrator.has_adapter:  # off, as the model is used with its full cache
+                served = perplexity(loaded, held_out, batch_size=batch_size).block_losses
         finally:
             calibrator.save()
         figures = {
@@ -150,12 +163,21 @@ def plan_command(
             "environment": environment(next(loaded.parameters()).device),
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "seed": seed,
-            "budget": {"words": problem.budget.words, "context": context, "batch": batch, "retention": retention},
-            **plan_figures(planned, calibrator, config, losses, held_out_documents, seed),
+            "budget": {"words": problem.words, "context": context, "batch": batch, "retention": retention},
+            **plan_figures(planned, calibrator, config, losses, held_out_documents, seed, served),
         }
     _with_provenance(planned, figures).save(out)
     write_json(json_file, figures)
     _show(figures, planned.plan, out)
+
+
+@contextmanager
+def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar, or in a log file a line at the beginning."""
+    if not sys.stderr.isatty():
+        show(what)
+    with progress_bar(what, total) as advance:
+        yield advance
 
 
 def _size(name: str, text: str | None) -> int | None:
@@ -190,14 +212,15 @@ def _budget(
     if limit is None:
         memory = sizes["--memory"]
         assert memory is not None and context is not None
-        limit = device_room(config, dtype, memory, context, batch)
+        # one prompt is read at a time, as `inspect` counts it
+        limit = device_room(config, dtype, memory, context, 1)
     return Budget.of_bytes(limit, config, dtype, context=context or 1, batch=batch)
 
 
 def _require_choice(problem: Problem) -> None:
     if problem.affords(range(problem.num_layers)):
         raise DepthKVError(
-            f"expected a budget below the full cache's, got {problem.budget.words}, which all layers' caches fit into"
+            f"expected a budget that not all layers' caches fit into, got {problem.budget.words}: no plan is needed"
         )
 
 
@@ -230,7 +253,7 @@ def _compare(
     sizes = sizes_to_measure(planned)
     rivals = list(dict.fromkeys([planned.plan, *(plan for _, plan in planned.rivals)]))
     losses = {}
-    with progress_bar("comparing plans", len(sizes) + 2 * len(rivals) + 1) as advance:
+    with _bar("comparing plans", len(sizes) + 2 * len(rivals) + 1) as advance:
         for plan in (*sizes, *rivals):
             calibrator.plan_loss(plan)
             advance(1)
@@ -258,7 +281,9 @@ def _show(figures: dict[str, Any], plan: SharingPlan, out: Path) -> None:
     full, rows = figures["full_loss"], figures["comparison"]
     title = f"{figures['model']}: {len(plan.leaders)} of {plan.num_layers} layers keep a cache"
     printed.print(f"{title}, for a budget of {figures['budget']['words']}", style="bold", markup=False, soft_wrap=True)
-    printed.print(plan.diagram(), markup=False, soft_wrap=True)
+    printed.print(
+        f"{plan.diagram()} (the first of each group keeps its cache, the others read it)", markup=False, soft_wrap=True
+    )
     printed.print(
         f"{format_bytes(figures['kv_bytes_per_token'])} per token instead of "
         f"{format_bytes(figures['full_kv_bytes_per_token'])}\n",
@@ -285,9 +310,27 @@ def _show(figures: dict[str, Any], plan: SharingPlan, out: Path) -> None:
         )
     headings = ["how the layers were chosen", "kept", "sum of costs", "predicted", "measured", "held out"]
     printed.print(table([*headings, "against evenly spaced [95 %]"], cells, "Loss, nats per token"))
-    printed.print(f"full cache: {full:.3f} measured, {figures['held_out_full']['value']:.3f} held out", soft_wrap=True)
-    if (sure := figures["certainty"]) is not None:
+    used = figures["calibration"]
+    printed.print(
+        f"Sum of costs, predicted and measured: {used['cost_tokens']:,} tokens of training text. Held out: documents "
+        "that nothing was chosen on.",
+        soft_wrap=True,
+    )
+    served, adapter = figures["held_out_adapter_off"], ""
+    if served is not None:
+        adapter = (
+            f", with the adapter on as under the plans; {served['value']:.3f} held out with it off, as it is served"
+        )
+    held = figures["held_out_full"]["value"]
+    printed.print(f"Full cache: {full:.3f} measured, {held:.3f} held out{adapter}", soft_wrap=True)
+    if (sure := figures["certainty"]) is None:
+        printed.print("How sure the choice is cannot be said from one document: raise --cost-blocks", soft_wrap=True)
+    else:
         better = sure["better_than_even"]
         words = "" if better is None else f"better than evenly spaced in {better:.0%}, "
-        printed.print(f"on documents drawn anew: {words}the same plan in {sure['same_plan']:.0%}", soft_wrap=True)
-    printed.print(f"{out}: leaders are given up in the order {figures['order']}", markup=False, soft_wrap=True)
+        printed.print(f"On documents drawn anew: {words}the same plan in {sure['same_plan']:.0%}", soft_wrap=True)
+    given = plan.num_layers - len(plan.leaders)
+    order = ", ".join(map(str, figures["order"]))
+    printed.print(
+        f"{out}: caches are given up in the order {order}; after {given} of them it is this plan", soft_wrap=True
+    )

@@ -39,6 +39,7 @@ def plan_figures(
     held_out: Mapping[SharingPlan, Sequence[float]],
     held_out_documents: Sequence[str],
     seed: int = 0,
+    served: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """The figures, less what only the command knows (model, data, command).
 
@@ -49,6 +50,7 @@ def plan_figures(
         held_out: loss of each held-out block, for the plan, its rivals and the full cache.
         held_out_documents: of each block.
         seed: of the intervals.
+        served: held-out losses of the full cache with the adapter off, where the model has one.
     """
     plan, calibration = planned.plan, calibrator.calibration
     full_loss = calibration.full_loss
@@ -101,6 +103,7 @@ def plan_figures(
         },
         "full_loss": full_loss,
         "held_out_full": score(held_out[full], held_out_documents, seed=seed).to_dict(),
+        "held_out_adapter_off": None if served is None else score(served, held_out_documents, seed=seed).to_dict(),
         "similarity": calibration.similarity,
         "cost": [[value if math.isfinite(value) else None for value in row] for row in planned.cost.tolist()],
         "order": planned.order,

@@ -59,7 +59,7 @@ class Budget:
         return cls(
             leader_bytes=tuple(batch * layer_cache_bytes(kind, dtype, context) for kind in kinds),
             max_bytes=limit,
-            words=f"{format_bytes(limit)} {of}",
+            words=f"{format_bytes(limit)} {of} in {str(dtype).removeprefix('torch.')}",
         )
 
 
@@ -98,15 +98,32 @@ class Problem:
         if not self.prefill_weight >= 0:
             raise PlanError(f"expected a prefill weight of at least 0, got {self.prefill_weight}")
         if not self.affords(self.required):
+            short = ""
+            if self.budget.max_bytes is not None:
+                short = f", where they take {format_bytes(self.bytes(self.required))}"
             raise PlanError(
-                f"expected a budget for the layers that must lead ({_listed(self.required)}), got {self.budget.words}, "
-                f"{self._short()}"
+                f"expected a budget for the {len(self.required)} layers that must lead ({_listed(self.required)}), got "
+                f"one of {self.budget.words}{short}"
             )
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
         return len(self.kinds)
+
+    @property
+    def words(self) -> str:
+        """Budget and constraints, for people."""
+        said = [self.budget.words]
+        if self.keep:
+            said.append(f"layers {_listed(sorted(self.keep))} lead")
+        if len(self.stages) > 1:
+            said.append(f"pipeline stages begin at {_listed(self.stages)}")
+        if self.prefill_weight:
+            said.append(f"prefill weight {self.prefill_weight:g}")
+        if not self.any_source:
+            said.append("nearest source")
+        return "; ".join(said)
 
     @cached_property
     def required(self) -> tuple[int, ...]:
@@ -181,13 +198,6 @@ class Problem:
     def objective(self, plan: SharingPlan, loss: float) -> float:
         """What plans are ranked by: a loss or its increase, and what prefill costs."""
         return loss + self.prefill_cost(plan.leaders)
-
-    def _short(self) -> str:
-        for kind, most in self.budget.max_leaders:
-            count = sum(1 for layer in self.required if self.kinds[layer] == kind)
-            if count > most:
-                return f"which allows {most} of {kind}"
-        return f"where they take {format_bytes(self.bytes(self.required))}"
 
 
 def stage_starts(text: str, num_layers: int) -> tuple[int, ...]:

@@ -203,7 +203,9 @@ def _facts(runs: Runs, plans: Plans) -> str:
     """What was measured on, in a line; empty where files differ in it."""
     if not runs and len(plans) == 1:
         settings = next(iter(plans.values())).settings
-        return f"Text: {settings['text']}; chosen on {settings['calibration text']}; {settings['dtype']}."
+        losses = settings["of it for the cost map"]
+        compared = settings["calibration text"]
+        return f"Text: {settings['text']}; layers compared on {compared}, losses of {losses}; {settings['dtype']}."
     found = list(dict.fromkeys(tuple(run.settings.items()) for run in runs.values()))
     if len(found) != 1:
         return ""

@@ -93,6 +93,8 @@ class PlanFigures:
     full_loss: float
     """Of the full cache."""
     held_out_full: Score
+    held_out_adapter_off: Score | None
+    """Of the full cache as it is used without a plan, where the model has an adapter that sharing turns on."""
     """Of the full cache on held-out text."""
     similarity: Mapping[str, Matrix]
     """By measure of `SIMILARITIES`, those that the file has."""
@@ -147,6 +149,7 @@ def plan_figures(top: CheckedObject, file: str) -> PlanFigures:
         measured=top.number("measured_loss"),
         full_loss=top.number("full_loss"),
         held_out_full=top.score("held_out_full"),
+        held_out_adapter_off=top.score("held_out_adapter_off") if "held_out_adapter_off" in top else None,
         similarity={key: similarity.matrix(key, num_layers) for key in SIMILARITIES if key in similarity},
         cost=top.matrix("cost", num_layers),
         order=top.layers("order", num_layers),

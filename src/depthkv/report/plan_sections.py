@@ -117,6 +117,10 @@ def _entries(found: PlanFigures) -> tuple[tuple[str, str, str], ...]:
     own = found.rules[0]
     share = found.bytes_per_token / found.full_bytes_per_token
     full = format_bytes(found.full_bytes_per_token)
+    off = found.held_out_adapter_off
+    beside = f"; full cache {fixed(found.held_out_full.value, 3)}"
+    if off is not None:
+        beside += f" with the adapter on, {fixed(off.value, 3)} with it off, as without a plan"
     entries = [
         ("Layers with a cache", f"{len(found.plan.leaders)} of {found.num_layers}", f"asked for: {found.budget}"),
         ("Cache per token", format_bytes(found.bytes_per_token), f"{share:.3g}x of {full}"),
@@ -128,9 +132,7 @@ def _entries(found: PlanFigures) -> tuple[tuple[str, str, str], ...]:
         (
             "Held-out loss",
             fixed(own.loss.value, 3),
-            f"{interval(own.loss.low, own.loss.high, 3)}; full cache {fixed(found.held_out_full.value, 3)}".lstrip(
-                "; "
-            ),
+            f"{interval(own.loss.low, own.loss.high, 3)}{beside}".lstrip("; "),
         ),
     ]
     if own.against_even is not None:
@@ -143,6 +145,8 @@ def _entries(found: PlanFigures) -> tuple[tuple[str, str, str], ...]:
             better = per_cent(often).replace(" ", "\u00a0")
             words += f"; in {better} better than evenly spaced"
         entries.append(("The same plan again", per_cent(found.certainty.same_plan), words))
+    else:
+        entries.append(("How sure", "unknown", "the losses are of one document; more --cost-blocks tell"))
     return tuple(entries)
 
 
@@ -150,7 +154,8 @@ def _sizes(found: PlanFigures) -> Section:
     return Section(
         anchor="plan-sizes",
         title="Loss against the size of the cache",
-        intro="On the calibration text, which the plan was chosen on: it was not held out. Lower is better.",
+        intro="On the calibration text, which the plan was chosen on: it was not held out. Lower is better. "
+        "Predictions come from plans of about the chosen size, and are guesses far from it.",
         parts=(Grid(parts=tuple(_curves(found))),),
     )
 
