@@ -127,13 +127,17 @@ PLANNER = {
     "R-CLA, adapter": "R-CLA, adapter",
     "shipped adapter": "shipped adapter",
     "from scratch, leader subsets": "from scratch, 12 layers",
+    "from scratch, leader subsets, validation": "the same, calibrated on held-out text",
 }
 """Models of benchmarks/planner.py, in the order of the table."""
 
 
 def planner_runs() -> dict[tuple[str, float, bool], dict[str, Any]]:
     """By model, retention and whether any source was allowed; of several runs the last."""
-    runs = {(run["label"], run["retention"], run["any_source"]): run for run in read("planner.jsonl")}
+    runs = {}
+    for run in read("planner.jsonl"):
+        label = run["label"] + (", validation" if run.get("calibrated_on") == "validation" else "")
+        runs[label, run["retention"], run["any_source"]] = run
     order = list(PLANNER)
     return {key: runs[key] for key in sorted(runs, key=lambda key: (order.index(key[0]), -key[1], key[2]))}
 
