@@ -13,6 +13,9 @@ import torch
 RIDGE = 1e-3
 """Of the ridge regression: times the mean variance of the source's features."""
 
+SUMS = ("count", "shift", "sums", "products", "cosines")
+"""Attributes of `Moments` that grow with the text."""
+
 
 class Moments:
     """Of one quantity, such as keys before the rotary embedding, in all layers of one kind."""
@@ -43,8 +46,7 @@ class Moments:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything summed so far, for a file."""
-        names = ("count", "shift", "sums", "products", "cosines")
-        return {name: getattr(self, name).cpu().contiguous() for name in names}
+        return {name: getattr(self, name).cpu().contiguous() for name in SUMS}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `state`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthkv.calibrate.moments import Moments
+from depthkv.calibrate.moments import SUMS, Moments
 from depthkv.calibrate.probe import Probe
 from depthkv.calibrate.store import Calibration, Matrix, fingerprint, kind_names
 from depthkv.decoder import find_decoder
@@ -247,8 +246,10 @@ class Calibrator:
 
     def plan_loss(self, plan: SharingPlan) -> float:
         """The mean of `plan_losses`."""
-        losses = self.plan_losses(plan)
-        return math.fsum(losses) / len(losses)
+        self.plan_losses(plan)
+        loss = self.calibration.plan_loss(plan)
+        assert loss is not None
+        return loss
 
     @property
     def has_adapter(self) -> bool:
@@ -326,8 +327,7 @@ class _MomentsFile:
                 if about.get("of") != self.of:
                     return 0
                 for (name, group), moments in sums.items():
-                    names = moments.state()
-                    moments.restore({key: file.get_tensor(f"{name}.{group}.{key}") for key in names})
+                    moments.restore({key: file.get_tensor(f"{name}.{group}.{key}") for key in SUMS})
                 return int(about["blocks"])
         except (OSError, SafetensorError) as error:
             raise DepthKVError(f"expected sums of a stopped run in {self.path}, got {error}; delete it") from error

@@ -33,10 +33,8 @@ def inspect_command(
     json_file: inputs.Json = None,
 ) -> None:
     """Layers, KV bytes per token, what can share with what, and what fits into a memory size. Reads no weights."""
-    try:
+    with naming("--memory"):
         room = None if memory is None else parse_bytes(memory)
-    except DepthKVError as error:
-        raise DepthKVError(f"--memory: {error}") from error
     config, kinds = inputs.read_config(model)
     with naming(model):
         plans = default_plans(config)

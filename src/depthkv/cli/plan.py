@@ -181,10 +181,8 @@ def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _size(name: str, text: str | None) -> int | None:
-    try:
+    with naming(name):
         return None if text is None else parse_bytes(text)
-    except DepthKVError as error:
-        raise DepthKVError(f"{name}: {error}") from error
 
 
 def _require_different(paths: dict[str, Path | None]) -> None:

@@ -63,11 +63,7 @@ class _Solver:
         self.problem = problem
         self.required = set(problem.required)
         table = cost.double().cpu().numpy()
-        self.chains = {
-            kind: [layer for layer, other in enumerate(problem.kinds) if other == kind]
-            for kind in dict.fromkeys(problem.kinds)
-        }
-        self.stretches = {kind: self._stretch(table, layers) for kind, layers in self.chains.items()}
+        self.stretches = {kind: self._stretch(table, layers) for kind, layers in problem.members.items()}
 
     def _stretch(self, cost: np.ndarray, layers: list[int]) -> np.ndarray:
         """`[n, n + 1]`: entry [a, b] is what the layers between the a-th and the b-th cost as readers of the a-th."""
@@ -93,7 +89,7 @@ class _Solver:
         most = dict(self.problem.budget.max_leaders)
         limit = self.problem.budget.max_bytes
         joined = [_Choice(0.0, 0, ())]
-        for kind, layers in self.chains.items():
+        for kind, layers in self.problem.members.items():
             options = self._by_count(kind, layers, end, most.get(kind, len(layers)))
             by_bytes: dict[int, _Choice] = {}
             for one in joined:

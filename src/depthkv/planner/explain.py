@@ -41,9 +41,7 @@ class Planned:
     cost: torch.Tensor
     """Of each pair alone, `[layers, layers]`."""
     found: Found
-    """The search; its model predicts plans that were not measured."""
-    corrected: torch.Tensor
-    """The same, corrected by the plans that were measured."""
+    """The search; its model has the same costs as measured plans correct them, and predicts others."""
     nested: tuple[SharingPlan, ...]
     """From the full cache to the smallest plan, by way of `plan`."""
     rivals: tuple[tuple[str, SharingPlan], ...]
@@ -98,20 +96,17 @@ def make_plan(
         )
     calibrator.save()
     # every evenly spaced plan was measured: the best of them is the one to beat
-    best_even = min((p for p in even if problem.allows(p)), key=calibrator.plan_loss, default=even[0])
+    best_even = min(even, key=calibrator.plan_loss)
     if best_even != even[0]:
         rivals = [rivals[0], ("evenly spaced, best shift", best_even), *rivals[1:]]
-    corrected = found.model.cost()
-    plans = {entry.plan for entry in found.measured}
     return Planned(
         problem=problem,
         plan=found.plan,
         cost=cost,
         found=found,
-        corrected=corrected,
-        nested=tuple(nested_plans(problem, corrected, found.plan)),
+        nested=tuple(nested_plans(problem, found.model.cost(), found.plan)),
         rivals=tuple(rivals),
-        certainty=how_sure(problem, calibration, found.plan, even[0], list(plans), seed),
+        certainty=how_sure(problem, calibration, found.plan, even[0], [entry.plan for entry in found.measured], seed),
     )
 
 
@@ -120,10 +115,8 @@ def _known(calibration: Calibration, problem: Problem, full: float, seed: int) -
     search_for = (problem.budget, problem.required, problem.stages, problem.prefill_weight, problem.any_source, seed)
     key = hashlib.sha256(repr(search_for).encode()).hexdigest()[:16]
     first = calibration.searches.setdefault(key, len(calibration.plan_losses))
-    return [
-        Measured(plan=SharingPlan(sources), increase=math.fsum(losses) / len(losses) - full)
-        for sources, losses in list(calibration.plan_losses.items())[:first]
-    ]
+    plans = [SharingPlan(sources) for sources in list(calibration.plan_losses)[:first]]
+    return [Measured(plan=plan, increase=(calibration.plan_loss(plan) or 0.0) - full) for plan in plans]
 
 
 def forbid(problem: Problem, cost: torch.Tensor) -> torch.Tensor:

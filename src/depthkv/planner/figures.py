@@ -123,12 +123,12 @@ def predicted_unseen(planned: Planned, plan: SharingPlan) -> float:
 
 def _nested(planned: Planned, calibrator: Calibrator, plan: SharingPlan, bytes_per_token: int) -> dict[str, Any]:
     problem, full_loss = planned.problem, calibrator.calibration.full_loss
-    model, cost = planned.found.model, planned.corrected
+    model = planned.found.model
     free = plan
     if not plan.is_full:
         budget = replace(problem.budget, max_bytes=problem.bytes(plan.leaders), max_leaders=())
         try:
-            free = cheapest_plan(replace(problem, budget=budget), cost)
+            free = cheapest_plan(replace(problem, budget=budget), model.cost())
         except PlanError:
             free = plan
     predicted = {p: 0.0 if p.is_full else model.predicted(p) for p in (plan, free)}

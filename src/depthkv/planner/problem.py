@@ -126,6 +126,14 @@ class Problem:
         return "; ".join(said)
 
     @cached_property
+    def members(self) -> dict[Hashable, list[int]]:
+        """Layers of each kind, ascending; kinds in the order of their first layers."""
+        found: dict[Hashable, list[int]] = {}
+        for layer, kind in enumerate(self.kinds):
+            found.setdefault(kind, []).append(layer)
+        return found
+
+    @cached_property
     def required(self) -> tuple[int, ...]:
         """Layers that lead in every allowed plan: the first of each kind in each stage, and `keep`."""
         seen: set[Hashable] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ def evenly_spaced(problem: Problem) -> list[SharingPlan]:
     """
     spacing = _even_places(problem)
     plans: list[SharingPlan] = []
-    members = {kind: [layer for layer, other in enumerate(problem.kinds) if other == kind] for kind in spacing}
+    members = problem.members
     widest = min(_MOST_SHIFT, max(len(members[kind]) // len(places) for kind, places in spacing.items()))
     for shift in sorted(range(-widest, widest + 1), key=lambda shift: (abs(shift), shift)):
         leaders: list[int] = []
@@ -37,11 +37,11 @@ def evenly_spaced(problem: Problem) -> list[SharingPlan]:
     return plans or [_even_around_required(problem)]
 
 
-def _even_places(problem: Problem) -> dict[object, list[int]]:
+def _even_places(problem: Problem) -> dict[Hashable, list[int]]:
     """By kind: which of its layers lead, counted among them, from 0 on."""
     found = {}
     for kind, count in _even_counts(problem).items():
-        layers = [layer for layer, other in enumerate(problem.kinds) if other == kind]
+        layers = problem.members[kind]
         stride = round(len(layers) / count)
         if problem.budget.even_leaders:
             found[kind] = [place for place, layer in enumerate(layers) if layer in problem.budget.even_leaders]
@@ -52,21 +52,18 @@ def _even_places(problem: Problem) -> dict[object, list[int]]:
     return found
 
 
-def _even_counts(problem: Problem) -> dict[object, int]:
+def _even_counts(problem: Problem) -> dict[Hashable, int]:
     """Leaders of each kind under the budget: equal shares of each kind, as large as it allows."""
-    members = {kind: sum(1 for other in problem.kinds if other == kind) for kind in problem.kinds}
-    most = {kind: min(members[kind], dict(problem.budget.max_leaders).get(kind, members[kind])) for kind in members}
+    sizes = {kind: len(layers) for kind, layers in problem.members.items()}
+    limits = dict(problem.budget.max_leaders)
+    most = {kind: min(size, limits.get(kind, size)) for kind, size in sizes.items()}
     counts = most
     for share in range(problem.num_layers, 0, -1):
-        counts = {kind: max(1, min(most[kind], members[kind] * share // problem.num_layers)) for kind in members}
-        firsts = [layer for kind, count in counts.items() for layer in _first(problem, kind, count)]
+        counts = {kind: max(1, min(most[kind], size * share // problem.num_layers)) for kind, size in sizes.items()}
+        firsts = [layer for kind, count in counts.items() for layer in problem.members[kind][:count]]
         if problem.affords(firsts):
             break
-    return dict(counts)
-
-
-def _first(problem: Problem, kind: object, count: int) -> list[int]:
-    return [layer for layer, other in enumerate(problem.kinds) if other == kind][:count]
+    return counts
 
 
 def _even_around_required(problem: Problem) -> SharingPlan:
@@ -110,15 +107,15 @@ def paired(problem: Problem, distance: torch.Tensor, *, most_alike_first: bool) 
     sources = list(range(problem.num_layers))
     required = set(problem.required)
     for _, later, earlier in pairs:
-        leaders = [layer for layer, source in enumerate(sources) if layer == source]
-        if problem.affords(leaders):
-            return SharingPlan(sources)
+        if problem.affords(SharingPlan(sources).leaders):
+            break
         if sources[later] == later and later not in required:
             sources = [sources[earlier] if source == later else source for source in sources]
-    leaders = [layer for layer, source in enumerate(sources) if layer == source]
-    if problem.affords(leaders):
-        return SharingPlan(sources)
-    raise PlanError(f"expected {problem.budget.words} to be met by pairing layers, got {len(leaders)} leaders left")
+    plan = SharingPlan(sources)
+    if not problem.affords(plan.leaders):
+        left = len(plan.leaders)
+        raise PlanError(f"expected {problem.budget.words} to be met by pairing layers, got {left} leaders left")
+    return plan
 
 
 def distance_of(matrix: Sequence[Sequence[float | None]], *, is_similarity: bool) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Search with measured losses, where costs do not add up.
 
 A model of the costs is corrected by all plans measured so far; the plan that is cheapest by it, or by a sample from it
-(Thompson sampling), is measured next. So a proposal may differ from the best plan in any number of
-layers, and pairs that interact badly are found out after a few. Every fourth proposal is a neighbour of the best plan.
+(Thompson sampling), is measured next. So a proposal may differ from the best plan in any number of layers, and pairs
+that interact badly are found out after a few. Every fourth proposal is a neighbour of the best plan.
 """
 
 from __future__ import annotations
