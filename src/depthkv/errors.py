@@ -23,3 +23,7 @@ class CheckpointError(DepthKVError):
 
 class DataError(DepthKVError):
     """Text or tokens are missing, unreadable or too short."""
+
+
+class KVBudgetError(DepthKVError):
+    """A cache that cannot be made small enough for its budget."""

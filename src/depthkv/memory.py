@@ -79,7 +79,8 @@ def measured_cache_bytes(cache: Cache) -> int:
             visit(list(value.values()), depth + 1)
 
     for layer in cache.layers:
-        for name, value in vars(layer).items():
+        # a layer of an adaptive cache keeps its pairs in one of transformers'
+        for name, value in vars(getattr(layer, "own", layer)).items():
             if name not in {"cumulative_length", "_sliding_window_tensor"}:  # counters, not cache
                 visit(value, 0)
     return sum(storages.values())

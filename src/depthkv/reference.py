@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
@@ -29,6 +29,29 @@ class ReferenceCache(Cache):
         """Store this layer's pair, return its source's."""
         self.pairs[layer_idx] = (key_states, value_states)
         return self.pairs[self.kv_source_layers[layer_idx]]
+
+
+class ReplayCache(Cache):
+    """Keeps the pairs of all layers over time, and returns to each layer those of its source under the present map.
+
+    So tokens keep the keys and values that they had under the maps before: what a sequence that has given up leaders
+    reads, at full memory.
+    """
+
+    def __init__(self, config: PreTrainedConfig, kv_source_layers: Sequence[int]) -> None:
+        super().__init__(layers=DynamicCache(config=config).layers)
+        while len(self.layers) < len(kv_source_layers):  # made as they are needed, where no layer is windowed
+            self.layers.append(DynamicLayer())
+        self.kv_source_layers = list(kv_source_layers)
+        """May be replaced between forwards."""
+        self._pairs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store this layer's pair, return all that its source has stored."""
+        self._pairs[layer_idx] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self._pairs[self.kv_source_layers[layer_idx]]
 
 
 def reference_forward(

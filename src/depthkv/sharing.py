@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
 
@@ -24,6 +24,11 @@ from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
+
+if TYPE_CHECKING:
+    from depthkv.adaptive.budget import Limit
+    from depthkv.adaptive.model import AdaptiveModel
+    from depthkv.adaptive.router import Router
 
 _ACTIVE = "_depthkv_patches"
 """Attribute of a shared or routed decoder that holds its `Patches`."""
@@ -101,10 +106,13 @@ class SharedModel(Patches):
         super().__init__(decoder, None if plan.is_full else switch)
         self.plan = plan
         """The plan in force."""
+        self._own_switch = switch
         _guarded(self, self._apply)
 
     def _apply(self) -> None:
         plan, decoder, context = self.plan, self._decoder, self._context
+        if callable(getattr(decoder.model, "generate", None)):
+            self._replace(decoder.model, "generate", self._wrap_generate)
         refuse_reentrant_checkpointing(decoder)
         involved = {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
         _patch_layers(self, context, involved, set(plan.followers))
@@ -138,6 +146,25 @@ class SharedModel(Patches):
             # generate() would allocate followers' static layers ahead of the first forward; None makes it wait
             if hasattr(module, "_get_static_cache_init_shape"):
                 self._replace(module, "_get_static_cache_init_shape", _wait_for_first_forward)
+
+    def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(*args: Any, kv_budget: Limit | None = None, **kwargs: Any) -> Any:
+            if kv_budget is None:
+                return original(*args, **kwargs)
+            from depthkv.adaptive.budget import KVBudget
+            from depthkv.adaptive.model import AdaptiveModel
+
+            # the plan is only where the call begins
+            self.remove()
+            try:
+                budget = KVBudget(total=kv_budget)
+                with AdaptiveModel.under(self._decoder, self.plan, budget, self._own_switch):
+                    return self._decoder.model.generate(*args, **kwargs)  # type: ignore[operator]
+            finally:
+                self._activate()
+                _guarded(self, self._apply)
+
+        return generate
 
 
 class Routing(Patches):
@@ -238,16 +265,54 @@ class Routing(Patches):
         super().remove()
 
 
-def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
+@overload
+def share(model: nn.Module, plan: SharingPlan) -> SharedModel: ...
+
+
+@overload
+def share(
+    model: nn.Module,
+    plan: Router,
+    *,
+    kv_budget: Limit | None = None,
+    sequence_kv_budget: Limit | None = None,
+) -> AdaptiveModel: ...
+
+
+@overload
+def share(
+    model: nn.Module,
+    plan: SharingPlan | Router,
+    *,
+    kv_budget: Limit | None = None,
+    sequence_kv_budget: Limit | None = None,
+) -> SharedModel | AdaptiveModel: ...
+
+
+def share(
+    model: nn.Module,
+    plan: SharingPlan | Router,
+    *,
+    kv_budget: Limit | None = None,
+    sequence_kv_budget: Limit | None = None,
+) -> SharedModel | AdaptiveModel:
     """Make followers read their leaders' keys and values: forward, backward, `generate()`, with and without cache.
 
-    Followers compute no K or V and allocate no cache. Layers above the last leader run for those last positions only
-    whose logits were asked for (`logits_to_keep`, as `generate()` does in prefill). Exact: the logits are those of the
-    same plan with everything computed.
+    Followers compute no K or V and allocate no cache. Under a plan, layers above the last leader run for those last
+    positions only whose logits were asked for (`logits_to_keep`, as `generate()` does in prefill). Exact: the logits
+    are those of the same plan with everything computed.
+
+    A router chooses the plan of each sequence while its prompt is read. With a budget, leaders are given up while the
+    cache grows: what they kept is freed, their readers go on with another leader (docs/adaptive.md). Both are for
+    inference, with transformers' dynamic caches. Inside the block `model.generate(..., kv_budget="64MiB")` takes a
+    budget for one call.
 
     Args:
         model: a decoder-only model of transformers (bare, with a head, wrapped by PEFT, or split by accelerate).
-        plan: as many layers as the model has; only layers of one kind may share.
+        plan: as many layers as the model has; only layers of one kind may share. Or a router.
+        kv_budget: most bytes of the cache of a batch: a number, text such as "64MiB", or a function that is asked
+            before every step.
+        sequence_kv_budget: the same for each sequence.
 
     Returns:
         A handle; `handle.remove()` or the end of the `with` block restores the model exactly.
@@ -255,10 +320,22 @@ def share(model: nn.Module, plan: SharingPlan) -> SharedModel:
     Raises:
         PlanError: the plan does not fit the model, or the model is shared already.
         UnsupportedModelError: a family that cannot share, or reentrant gradient checkpointing.
+        KVBudgetError: later, from a forward, where the budget is too small for the fewest leaders.
     """
-    if not isinstance(plan, SharingPlan):
-        raise PlanError(f"expected a SharingPlan, got {type(plan).__name__}")
-    return SharedModel(find_decoder(model), plan, _adapter_switch(model))
+    # the two know of each other
+    from depthkv.adaptive.budget import KVBudget
+    from depthkv.adaptive.model import AdaptiveModel
+    from depthkv.adaptive.router import Router
+
+    if not isinstance(plan, (SharingPlan, Router)):
+        raise PlanError(f"expected a SharingPlan or a Router, got {type(plan).__name__}")
+    decoder, switch = find_decoder(model), _adapter_switch(model)
+    budget = KVBudget(total=kv_budget, sequence=sequence_kv_budget)
+    if isinstance(plan, Router):
+        return AdaptiveModel(decoder, plan, budget, switch)
+    if budget.total is None and budget.sequence is None:
+        return SharedModel(decoder, plan, switch)
+    return AdaptiveModel.under(decoder, plan, budget, switch)
 
 
 def route(
@@ -335,13 +412,19 @@ def _guarded(patches: Patches, apply: Callable[[], None]) -> None:
         raise
 
 
-def _patch_layers(patches: Patches, context: Context, attending: set[int], skipping: set[int]) -> None:
+def _patch_layers(
+    patches: Patches,
+    context: Context,
+    attending: set[int],
+    skipping: set[int],
+    attend: Callable[..., Callable[..., Any]] = attention.attention_forward,
+) -> None:
     """Patch the attention of layers in `attending`, and the K and V projections of those in `skipping`."""
     decoder = patches._decoder
     family = decoder.family
     for layer in sorted(attending):
         module = decoder.attention(layer)
-        patches._replace(module, "forward", partial(attention.attention_forward, context, layer, family.cache_argument))
+        patches._replace(module, "forward", partial(attend, context, layer, family.cache_argument))
         if layer not in skipping:
             continue
         kind = decoder.kinds[layer]

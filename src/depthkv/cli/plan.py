@@ -271,6 +271,9 @@ def _compare(
 def _with_provenance(planned: Planned, figures: dict[str, Any]) -> SharingPlan:
     kept = ("model", "data", "seed", "predicted_loss", "measured_loss", "full_loss", "order")
     provenance = {"made_by": figures["command"], "budget": figures["budget"]["words"]}
+    # what a sequence falls back to under pressure, see `depthkv.adaptive.Ladder`
+    leaders = len(planned.plan.leaders)
+    provenance["nested"] = [list(p.kv_source_layers) for p in planned.nested if len(p.leaders) < leaders]
     return SharingPlan(planned.plan.kv_source_layers, provenance | {key: figures[key] for key in kept})
 
 

@@ -1,0 +1,192 @@
+"""One of several plans for each input, by the loss that each is expected to have on it and the bytes that it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from depthkv.adaptive.features import prompt_features
+from depthkv.adaptive.ladder import Ladder
+from depthkv.adaptive.router import Pair, Prompt, Router
+from depthkv.architectures import LayerKind
+from depthkv.errors import DepthKVError, PlanError
+from depthkv.plan import SharingPlan
+
+_PENALTIES = tuple(10.0**exponent for exponent in range(-1, 7))
+"""Of the ridge regression; the best is chosen by leaving each input out."""
+
+
+class PortfolioRouter(Router):
+    """Takes the plan with the least `predicted loss + price x retention`.
+
+    The prediction is linear in features of the prompt after the layers in which the plans agree: how often the prompt
+    repeats itself, and its pooled hidden state. So difficult prompts, where fewer layers would cost much, get more.
+
+    Args:
+        plans: of any sizes.
+        weights: `[plans, features]`, nats; the first feature is 1.
+        center: `[features - 1]`, subtracted from the features.
+        scale: `[features - 1]`, by which they are divided then.
+        price: nats for keeping all layers instead of none.
+        kinds: of the layers.
+        order: for giving up leaders, see `Ladder`.
+    """
+
+    needs_kv = False
+
+    def __init__(
+        self,
+        plans: Sequence[SharingPlan],
+        weights: torch.Tensor,
+        center: torch.Tensor,
+        scale: torch.Tensor,
+        price: float,
+        kinds: Sequence[LayerKind],
+        order: Sequence[int] = (),
+    ) -> None:
+        self.plans, self.weights, self.center, self.scale = tuple(plans), weights, center, scale
+        self.price = price
+        self.kinds = tuple(kinds)
+        self.ladder = Ladder(kinds, order)
+        if not plans or weights.shape != (len(plans), len(center) + 1) or scale.shape != center.shape:
+            raise PlanError(f"expected weights of {len(plans)} plans and {len(center) + 1} features, got other shapes")
+        self.decides_at = decision_layer(plans)
+        self._bytes = torch.tensor([plan.retention for plan in plans], dtype=torch.float64)
+
+    def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
+        if layer < self.decides_at:
+            return self.plans[0].kv_source_layers[layer]
+        if layer == self.decides_at:
+            assert prompt.hidden is not None
+            prompt.notes["plan"] = self.choose(prompt_features(prompt.tokens, prompt.hidden))
+        chosen: int = prompt.notes["plan"]
+        return self.plans[chosen].kv_source_layers[layer]
+
+    def predicted(self, features: torch.Tensor) -> torch.Tensor:
+        """Loss of each plan, nats, `[..., plans]`, from features `[..., features - 1]`."""
+        normed = (features.double() - self.center) / self.scale
+        return self.weights[:, 0] + normed @ self.weights[:, 1:].T
+
+    def choose(self, features: torch.Tensor) -> int:
+        """Index of the plan for features `[features - 1]`."""
+        return int((self.predicted(features) + self.price * self._bytes).argmin())
+
+    def check(self, kinds: Sequence[LayerKind]) -> None:
+        if tuple(kinds) != self.kinds:
+            raise PlanError(
+                f"expected a model with the {len(self.kinds)} layers that the router was made for, got other layers"
+            )
+
+
+def decision_layer(plans: Sequence[SharingPlan]) -> int:
+    """The first layer in which not all plans agree; the last layer where they are all the same."""
+    columns = zip(*(plan.kv_source_layers for plan in plans), strict=True)
+    return next((layer for layer, column in enumerate(columns) if len(set(column)) > 1), plans[0].num_layers - 1)
+
+
+def fit_portfolio(
+    plans: Sequence[SharingPlan],
+    losses: torch.Tensor,
+    features: torch.Tensor,
+    retention: float,
+    kinds: Sequence[LayerKind],
+    order: Sequence[int] = (),
+) -> PortfolioRouter:
+    """Ridge regression of each plan's loss, and the price at which the mean retention is at most `retention`.
+
+    Args:
+        plans: candidates.
+        losses: of each plan on each calibration input, nats, `[inputs, plans]`.
+        features: of the same inputs, `[inputs, features]`, see `portfolio_features`.
+        retention: mean share of the layers that may keep a cache.
+        kinds: of the layers.
+        order: for giving up leaders.
+
+    Raises:
+        DepthKVError: fewer than two inputs, or no plan that is small enough.
+    """
+    if len(losses) < 2 or losses.shape != (len(features), len(plans)):
+        raise DepthKVError(f"expected losses of {len(plans)} plans on two inputs or more, got {list(losses.shape)}")
+    shares = torch.tensor([plan.retention for plan in plans], dtype=torch.float64)
+    if float(shares.min()) > retention + 1e-9:
+        raise DepthKVError(
+            f"expected a plan of at most {retention:.0%} of the layers, got none below {shares.min():.0%}"
+        )
+    x, y = features.double(), losses.double()
+    center, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x = (x - center) / scale
+    # what all plans have in common is no reason for one of them
+    weights, left_out = _ridge(x, y)
+    predicted = left_out
+
+    def mean_retention(price: float) -> float:
+        return float(shares[(predicted + price * shares).argmin(dim=1)].mean())
+
+    low, high = 0.0, 1.0
+    while mean_retention(high) > retention and high < 1e6:
+        high *= 2
+    if mean_retention(0.0) <= retention:
+        high = 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_retention(middle) > retention else (low, middle)
+    return PortfolioRouter(plans, weights, center, scale, high, kinds, order)
+
+
+def _ridge(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[plans, 1 + features]`, and what is predicted for each input by weights fitted without it."""
+    number = len(x)
+    kernel = x @ x.T
+    mean = y.mean(dim=0)
+    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
+    for penalty in _PENALTIES:
+        # leaving one out in closed form (Hastie et al., The Elements of Statistical Learning, section 7.10)
+        hat = torch.linalg.solve(kernel + penalty * torch.eye(number, dtype=x.dtype), kernel).T + 1 / number
+        fitted = hat @ (y - mean) + mean
+        left_out = y - (y - fitted) / (1 - hat.diagonal())[:, None]
+        # what counts is which plan is chosen
+        error = float((left_out - left_out.mean(1, True) - y + y.mean(1, True)).square().mean())
+        if best is None or error < best[0]:
+            dual = torch.linalg.solve(kernel + penalty * torch.eye(number, dtype=x.dtype), y - mean)
+            best = (error, torch.cat([mean[:, None], (x.T @ dual).T], dim=1), left_out)
+    assert best is not None and math.isfinite(best[0])
+    return best[1], best[2]
+
+
+@torch.no_grad()
+def portfolio_features(
+    model: Any,
+    plans: Sequence[SharingPlan],
+    prompts: Sequence[torch.Tensor],
+    advance: Callable[[int], None] = lambda done: None,
+) -> torch.Tensor:
+    """Features of each prompt where the plans part, `[prompts, features]`."""
+    from depthkv.architectures import layer_kinds
+    from depthkv.sharing import share
+
+    collector = _Collector(plans, layer_kinds(model.config))
+    device = model.get_input_embeddings().weight.device
+    with share(model, collector):
+        for tokens in prompts:
+            model(input_ids=tokens[None].to(device), use_cache=False, logits_to_keep=1)
+            advance(1)
+    return torch.stack(collector.features)
+
+
+class _Collector(Router):
+    """Takes the first plan, and notes what the decision would be made on."""
+
+    needs_kv = False
+
+    def __init__(self, plans: Sequence[SharingPlan], kinds: Sequence[LayerKind]) -> None:
+        self.plan, self.decides_at = plans[0], decision_layer(plans)
+        self.features: list[torch.Tensor] = []
+
+    def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
+        if layer == self.decides_at:
+            assert prompt.hidden is not None
+            self.features.append(prompt_features(prompt.tokens, prompt.hidden).double())
+        return self.plan.kv_source_layers[layer]

@@ -1,0 +1,93 @@
+"""Parting a padded batch into prompts that run alone, and putting their outputs together again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from depthkv.errors import PlanError
+
+
+def prompt_starts(mask: Any, batch: int, tokens: int) -> list[int]:
+    """The position of each prompt's first token in a batch that is padded on the left.
+
+    Raises:
+        PlanError: another mask than `[batch, tokens]`, padding elsewhere, or a prompt without a token.
+    """
+    if mask is None:
+        return [0] * batch
+    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, tokens):
+        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise PlanError(f"expected an attention mask of shape {[batch, tokens]} for adaptive sharing, got {got}")
+    seen = mask.bool()
+    counts = seen.sum(dim=1).tolist()
+    starts = [tokens - int(count) for count in counts]
+    for row, start in enumerate(starts):
+        if start == tokens or not bool(seen[row, start:].all()):
+            raise PlanError(
+                f"expected prompts of at least one token, padded on the left only, got another mask for sequence {row}"
+            )
+    return starts
+
+
+def one_prompt(arguments: dict[str, Any], row: int, start: int, cache: Cache | None) -> dict[str, Any]:
+    """The decoder's arguments for one sequence, without its padding."""
+    inputs = arguments.get("input_ids")
+    given = arguments["inputs_embeds"] if inputs is None else inputs
+    batch, tokens = given.shape[:2]
+    found = {}
+    for name, value in arguments.items():
+        if name == "past_key_values":
+            value = cache
+        elif name == "attention_mask":
+            value = None
+        elif name == "cache_position" and isinstance(value, torch.Tensor):
+            value = value[: tokens - start]
+        elif isinstance(value, torch.Tensor):
+            if value.ndim == 3 and name == "position_ids" and value.shape[1] == batch:  # [sections, batch, tokens]
+                value = value[:, row : row + 1, start:]
+            elif value.ndim and value.shape[0] in (1, batch):
+                value = value[row : row + 1] if value.shape[0] == batch else value
+                value = value[:, start:] if value.ndim > 1 and value.shape[1] == tokens else value
+        found[name] = value
+    if start and found.get("position_ids") is None:
+        found["position_ids"] = torch.arange(start, tokens, device=given.device)[None]
+    return found
+
+
+def join_outputs(outputs: Sequence[Any], starts: Sequence[int], tokens: int, cache: Cache | None) -> Any:
+    """The decoder's output for the batch; hidden states of padding are zeros.
+
+    Raises:
+        PlanError: attention maps were asked for.
+    """
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(_joined([output[i] for output in outputs], starts, tokens, cache) for i in range(len(first)))
+    return type(first)(
+        **{
+            name: cache
+            if name == "past_key_values"
+            else _joined([output[name] for output in outputs], starts, tokens, cache)
+            for name in first.keys()
+        }
+    )
+
+
+def _joined(values: list[Any], starts: Sequence[int], tokens: int, cache: Cache | None) -> Any:
+    first = values[0]
+    if first is None or isinstance(first, Cache):
+        return None if first is None else cache
+    if isinstance(first, tuple):
+        return tuple(_joined([value[i] for value in values], starts, tokens, cache) for i in range(len(first)))
+    if not isinstance(first, torch.Tensor) or first.ndim != 3:
+        raise PlanError(
+            "expected hidden states alone to be asked for in a batch under adaptive sharing, got attention maps, too"
+        )
+    whole = first.new_zeros(len(values), tokens, first.shape[-1])
+    for row, (value, start) in enumerate(zip(values, starts, strict=True)):
+        whole[row, start:] = value[0]
+    return whole
