@@ -59,6 +59,8 @@ class AdaptiveModel(Patches):
         """May be replaced at any time, also from another thread: it is looked at before each step."""
         self.on_step: Callable[[StepReport], None] | None = None
         """Called after every forward that leaves a cache."""
+        self.ended_for_room = False
+        """The last `generate()` ended because the budget had no room for another token."""
         self.last_maps: tuple[Sources, ...] = ()
         """The maps of the last forward, one for each sequence."""
         self._ladder = router.ladder or Ladder(decoder.kinds)
@@ -249,6 +251,7 @@ class AdaptiveModel(Patches):
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(*args: Any, kv_budget: Limit | None = None, **kwargs: Any) -> Any:
             with self.limited(kv_budget):
+                self.ended_for_room = False
                 given = kwargs.pop("stopping_criteria", None) or []
                 return original(*args, stopping_criteria=[*given, _OutOfRoom(self)], **kwargs)
 
@@ -264,6 +267,7 @@ class _OutOfRoom(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         cache = self._handle._latest()
         done = cache is not None and not self._handle.has_room(cache)
+        self._handle.ended_for_room |= done
         return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
 
 

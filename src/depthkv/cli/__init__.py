@@ -17,7 +17,8 @@ import typer
 from depthkv.cli.bench import bench_command
 from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
-from depthkv.cli.measure import generate_command, inspect_command
+from depthkv.cli.generate import generate_command
+from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
 from depthkv.cli.report import report_command

@@ -1,4 +1,4 @@
-"""Commands that leave the model as it is: inspect and generate."""
+"""The command inspect."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
-from depthkv.cli.output import console, show, table, waiting, write_json
-from depthkv.errors import DepthKVError
+from depthkv.cli.output import console, table, write_json
 from depthkv.inspect_model import Inspection, PlanCost, default_plans, inspect_model, layer_ranges
-from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
-from depthkv.sharing import share
+from depthkv.memory import format_bytes, parse_bytes
 
 
 def inspect_command(
@@ -124,83 +121,3 @@ def _compared(cost: PlanCost, full: PlanCost, context: int) -> str:
     else:
         many = f"{cost.sequences_ratio:.1f}x more sequences ({cost.sequences:,} instead of {full.sequences:,})"
     return f"with this plan {many}, or {longer}"
-
-
-def generate_command(
-    model: inputs.Model,
-    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="What the text goes on from.")],
-    plan: inputs.PlanFile = None,
-    retention: inputs.Retention = None,
-    max_new_tokens: Annotated[int, option("--max-new-tokens", count, "N", "Most tokens to write.")] = 64,
-    temperature: Annotated[
-        float, option("--temperature", inputs.not_negative, "T", "0 takes the likeliest token.")
-    ] = 0.0,
-    seed: inputs.Seed = 0,
-    dtype: inputs.Dtype = "auto",
-    device: inputs.Device = "auto",
-    json_file: inputs.Json = None,
-) -> None:
-    """Text, and the size of the cache that it took.
-
-    Without --plan or --retention, the checkpoint's own plan holds, if it has one.
-    """
-    inputs.refuse_both(plan, retention)
-    if not prompt.strip():
-        raise DepthKVError(f"--prompt: expected text, got {prompt!r}")
-    config, kinds = inputs.read_config(model)
-    with naming(model):
-        chosen = inputs.choose_plan(plan, retention, config, kinds, default=1.0)
-    with waiting(f"loading {model}"):
-        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
-    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-    prompt_tokens = encoded["input_ids"].shape[1]
-    if prompt_tokens == 0:
-        raise DepthKVError(f"--prompt: expected text that the tokenizer knows, got {prompt!r}")
-    inputs.require_positions(config, prompt_tokens + max_new_tokens, "--prompt and --max-new-tokens together")
-    torch.manual_seed(seed)
-    settings = _generation_settings(loaded, tokenizer, temperature)
-    with naming(model), share(loaded, chosen), waiting("writing"):
-        result: Any = loaded.generate(
-            **encoded, generation_config=settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-        )
-    tokens = result.sequences[0]
-    text = tokenizer.decode(tokens[prompt_tokens:], skip_special_tokens=True)
-    held = measured_cache_bytes(result.past_key_values)
-    # the last token was chosen and never read, so it is in no cache
-    full = cache_bytes(config, loaded.dtype, len(tokens) - 1)
-    figures = {
-        "model": model,
-        "prompt": prompt,
-        "text": text,
-        "retention": chosen.retention,
-        "leaders": list(chosen.leaders),
-        "peak_cache_bytes": held,
-        "full_cache_bytes": full,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(tokens) - prompt_tokens,
-    }
-    write_json(json_file, figures)
-    out = console()
-    # soft_wrap: text is for reading or for a pipe, its lines are its own
-    out.print(f"{prompt}{text}", markup=False, soft_wrap=True)
-    saved = "" if chosen.is_full else f", {full / held:.2f} times smaller than {format_bytes(full)} with every layer's"
-    out.print(
-        f"\n{prompt_tokens} + {len(tokens) - prompt_tokens} tokens; cache {format_bytes(held)}{saved}; "
-        f"{len(chosen.leaders)} of {len(kinds)} layers keep one",
-        style="dim",
-        soft_wrap=True,
-    )
-
-
-def _generation_settings(model: Any, tokenizer: Any, temperature: float) -> Any:
-    """The checkpoint's own settings, made greedy or set to the temperature."""
-    import copy
-
-    settings = copy.deepcopy(model.generation_config)
-    settings.do_sample = temperature > 0
-    settings.temperature = temperature if temperature > 0 else None
-    if not settings.do_sample:
-        settings.top_p = settings.top_k = None  # they only mean something in sampling, and transformers warns of them
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return settings

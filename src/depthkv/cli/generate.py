@@ -1,0 +1,214 @@
+"""The command generate: text, and the cache that it took, under a plan, a router and a budget."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from depthkv.adaptive import AdaptiveModel, Router, StepReport
+from depthkv.adaptive.files import load_router
+from depthkv.adaptive.similarity import passes, similarity_router
+from depthkv.architectures import max_positions
+from depthkv.checkpoint import load
+from depthkv.cli import inputs
+from depthkv.cli.inputs import count, naming, option
+from depthkv.cli.output import command_line, console, progress_bar, show, waiting, write_json
+from depthkv.data import resolve_data, token_blocks
+from depthkv.errors import DepthKVError
+from depthkv.machine import environment
+from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
+from depthkv.plan import SharingPlan
+from depthkv.sharing import share
+
+FORMAT, VERSION = "depthkv-generation", 1
+
+_CALIBRATION = (8, 128)
+"""Prompts, and tokens of each, that the threshold of --adaptive is found on: seconds on a CPU."""
+
+
+def generate_command(
+    model: inputs.Model,
+    prompt: Annotated[
+        list[str],
+        typer.Option("--prompt", metavar="TEXT", help="What the text goes on from. Repeat it for several at once."),
+    ],
+    plan: inputs.PlanFile = None,
+    retention: inputs.Retention = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option(
+            "--adaptive", help="Choose the layers for each prompt by similarity; --retention is then the mean."
+        ),
+    ] = False,
+    router: Annotated[
+        Path | None, typer.Option("--router", metavar="FILE", help="Choose the layers for each prompt by this router.")
+    ] = None,
+    kv_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-budget", metavar="SIZE", help="Most bytes of the cache, such as 64MiB: layers are given up for it."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, option("--max-new-tokens", count, "N", "Most tokens to write.")] = 64,
+    temperature: Annotated[
+        float, option("--temperature", inputs.not_negative, "T", "0 takes the likeliest token.")
+    ] = 0.0,
+    seed: inputs.Seed = 0,
+    dtype: inputs.Dtype = "auto",
+    device: inputs.Device = "auto",
+    json_file: inputs.Json = None,
+) -> None:
+    """Text, and the size of the cache that it took.
+
+    Without --plan, --retention, --adaptive or --router, the checkpoint's own plan holds, if it has one.
+    """
+    _refuse_several(plan, retention, adaptive, router)
+    for text in prompt:
+        if not text.strip():
+            raise DepthKVError(f"--prompt: expected text, got {text!r}")
+    with naming("--kv-budget"):
+        budget = None if kv_budget is None else parse_bytes(kv_budget)
+    config, kinds = inputs.read_config(model)
+    with naming(model):
+        how: SharingPlan | Router = inputs.choose_plan(
+            plan, None if adaptive or router else retention, config, kinds, default=1.0
+        )
+    if router is not None:
+        how = load_router(router, kinds)
+    with waiting(f"loading {model}"):
+        loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
+    encoded = _encode(tokenizer, prompt).to(loaded.device)
+    prompt_tokens = encoded["attention_mask"].sum(dim=1).tolist()
+    if min(prompt_tokens) == 0:
+        empty = prompt[prompt_tokens.index(0)]
+        raise DepthKVError(f"--prompt: expected text that the tokenizer knows, got {empty!r}")
+    longest = max(prompt_tokens)
+    inputs.require_positions(config, longest + max_new_tokens, "--prompt and --max-new-tokens together")
+    if adaptive:
+        assert retention is not None
+        with naming(model):
+            how = _similarity(loaded, tokenizer, config, retention)
+    torch.manual_seed(seed)
+    settings = _generation_settings(loaded, tokenizer, temperature)
+    steps: list[StepReport] = []
+    with naming(model), share(loaded, how, kv_budget=budget) as handle, waiting("writing"):
+        if isinstance(handle, AdaptiveModel):
+            handle.on_step = steps.append
+        result: Any = loaded.generate(
+            **encoded, generation_config=settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True
+        )
+    written = [_written(row[longest:].tolist(), tokenizer, settings) for row in result.sequences]
+    maps = steps[0].maps if steps else [how.kv_source_layers] * len(prompt)  # type: ignore[union-attr]
+    sequences = [
+        {
+            "prompt": text,
+            "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "prompt_tokens": number,
+            "new_tokens": len(tokens),
+            "kv_source_layers": list(sources),
+            "leaders": sorted(set(sources)),
+        }
+        for text, tokens, number, sources in zip(prompt, written, prompt_tokens, maps, strict=True)
+    ]
+    held = max([measured_cache_bytes(result.past_key_values), *(step.cache_bytes for step in steps)])
+    figures = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": model,
+        "command": command_line(),
+        "environment": environment(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "num_layers": len(kinds),
+        "router": None if isinstance(how, SharingPlan) else type(how).__name__,
+        "kv_budget": budget,
+        "ended_by_budget": isinstance(handle, AdaptiveModel) and handle.ended_for_room,
+        "retention": sum(len(entry["leaders"]) for entry in sequences) / len(sequences) / len(kinds),
+        "peak_cache_bytes": held,
+        # the last token was chosen and never read, so it is in no cache
+        "full_cache_bytes": cache_bytes(config, loaded.dtype, result.sequences.shape[1] - 1, len(prompt)),
+        **{key: sequences[0][key] for key in ("prompt", "text", "leaders", "prompt_tokens", "new_tokens")},
+        "sequences": sequences,
+        "steps": [
+            {
+                "num_tokens": step.num_tokens,
+                "cache_bytes": step.cache_bytes,
+                "leaders": [len(set(sources)) for sources in step.maps],
+                "given_up": [list(entry) for entry in step.given_up],
+            }
+            for step in steps
+        ],
+    }
+    write_json(json_file, figures)
+    _show(figures)
+
+
+def _refuse_several(plan: Path | None, retention: float | None, adaptive: bool, router: Path | None) -> None:
+    inputs.refuse_both(plan, retention)
+    if adaptive and retention is None:
+        raise DepthKVError("expected --retention with --adaptive, got none")
+    if router is not None and (plan or adaptive or retention is not None):
+        other = "--plan" if plan else "--adaptive" if adaptive else "--retention"
+        raise DepthKVError(f"expected --router or {other}, got both")
+
+
+def _encode(tokenizer: Any, prompts: list[str]) -> Any:
+    """Tokens of all prompts, padded on the left."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+    tokenizer.padding_side = "left"
+    return tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, padding=True)
+
+
+def _similarity(model: Any, tokenizer: Any, config: Any, retention: float) -> Router:
+    """A router for the mean retention on text of the package's own."""
+    number, tokens = _CALIBRATION
+    tokens = min(tokens, max_positions(config) or tokens)
+    blocks = token_blocks(resolve_data("builtin:fallback"), tokenizer, tokens)[:number]
+    with progress_bar("finding the threshold", passes(len(blocks))) as advance:
+        return similarity_router(model, list(blocks), retention, advance=advance)
+
+
+def _written(tokens: list[int], tokenizer: Any, settings: Any) -> list[int]:
+    """Without the padding of a sequence that ended before others; its end-of-text token counts."""
+    ends = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: at + 1]
+
+
+def _show(figures: dict[str, Any]) -> None:
+    out = console()
+    # soft_wrap: text is for reading or for a pipe, its lines are its own
+    for entry in figures["sequences"]:
+        out.print(f"{entry['prompt']}{entry['text']}\n", markup=False, soft_wrap=True)
+    held, full, layers = figures["peak_cache_bytes"], figures["full_cache_bytes"], figures["num_layers"]
+    saved = "" if held == full else f", {full / held:.2f} times smaller than {format_bytes(full)} with every layer's"
+    kept = _listed([len(entry["leaders"]) for entry in figures["sequences"]])
+    tokens = " and ".join(f"{entry['prompt_tokens']} + {entry['new_tokens']}" for entry in figures["sequences"])
+    out.print(f"{tokens} tokens; cache {format_bytes(held)}{saved}; {kept} of {layers} layers keep one", style="dim")
+    if (steps := figures["steps"]) and steps[0]["leaders"] != steps[-1]["leaders"]:
+        out.print(
+            f"{_listed(steps[-1]['leaders'])} in the end, to stay within {format_bytes(budget or 0)}", style="dim"
+        )
+    if figures["ended_by_budget"]:
+        out.print("ended early: the budget has no room for another token", style="dim")
+
+
+def _listed(counts: list[int]) -> str:
+    return " and ".join(map(str, counts)) if len(set(counts)) > 1 else str(counts[0])
+
+
+def _generation_settings(model: Any, tokenizer: Any, temperature: float) -> Any:
+    """The checkpoint's own settings, made greedy or set to the temperature."""
+    settings = copy.deepcopy(model.generation_config)
+    settings.do_sample = temperature > 0
+    settings.temperature = temperature if temperature > 0 else None
+    if not settings.do_sample:
+        settings.top_p = settings.top_k = None  # they only mean something in sampling, and transformers warns of them
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return settings
