@@ -191,9 +191,8 @@ def _show(figures: dict[str, Any]) -> None:
     tokens = " and ".join(f"{entry['prompt_tokens']} + {entry['new_tokens']}" for entry in figures["sequences"])
     out.print(f"{tokens} tokens; cache {format_bytes(held)}{saved}; {kept} of {layers} layers keep one", style="dim")
     if (steps := figures["steps"]) and steps[0]["leaders"] != steps[-1]["leaders"]:
-        out.print(
-            f"{_listed(steps[-1]['leaders'])} in the end, to stay within {format_bytes(budget or 0)}", style="dim"
-        )
+        in_the_end, budget = _listed(steps[-1]["leaders"]), format_bytes(figures["kv_budget"] or 0)
+        out.print(f"{in_the_end} in the end, to stay within {budget}", style="dim")
     if figures["ended_by_budget"]:
         out.print("ended early: the budget has no room for another token", style="dim")
 
