@@ -214,7 +214,7 @@ def train_router(
                 over = kept.mean() - retention
                 # a price that rises while too much is kept, and a spring that keeps it from swinging
                 (loss.cpu() + price * over + 10 * budget_weight * over.square()).backward()  # type: ignore[no-untyped-call]
-                price += budget_weight * float(over)
+                price += budget_weight * over.item()
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

@@ -22,6 +22,7 @@ from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
 from depthkv.cli.report import report_command
+from depthkv.cli.router import router_command
 from depthkv.cli.train import adapt_command
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.run import SUITES
@@ -48,6 +49,7 @@ app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(d
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
+app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)
 app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
 app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)

@@ -244,6 +244,15 @@ def require_positions(config: PreTrainedConfig, tokens: int, what: str) -> None:
         raise DepthKVError(f"expected {what} of at most the {most} positions of the model, got {tokens}")
 
 
+def split_texts(names: Sequence[str]) -> dict[str, tuple[list[Document], list[Document]]]:
+    """Training and held-out documents of each text."""
+    found = {}
+    for name in dict.fromkeys(names):
+        with naming(name):
+            found[name] = split_documents(resolve_data(name, progress=show))
+    return found
+
+
 def held_out_documents(name: str, all_text: bool = False) -> list[Document]:
     """The held-out documents of `name`, or all of them."""
     with naming(name):

@@ -17,7 +17,7 @@ from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, json_path, naming, not_negative, option
 from depthkv.cli.output import command_line, console, progress_bar, show, table, waiting, write_json
-from depthkv.data import Document, named_blocks, resolve_data, split_documents
+from depthkv.data import Document, named_blocks
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.perplexity import perplexity, spread
 from depthkv.machine import environment
@@ -106,7 +106,7 @@ def plan_command(
     if out.exists() and not out.is_file():
         raise DepthKVError(f"--out: expected a file, got {out}")
     path = calibration or json_path(out.with_name(f"{out.stem}.calibration.json"))
-    _require_different({"--out": out, "--calibration": path, "--json": json_file})
+    require_different({"--out": out, "--calibration": path, "--json": json_file})
     config, kinds = inputs.read_config(model)
     with naming(model):
         if len(set(kinds)) == len(kinds):
@@ -134,22 +134,22 @@ def plan_command(
 
     if retention is not None or dtype != "auto":  # else bytes depend on the dtype of the weights
         problem_of(inputs.DTYPES.get(dtype, torch.bfloat16))
-    texts = {name: _documents(name) for name in dict.fromkeys(data)}
+    texts = inputs.split_texts(data)
     with waiting(f"loading {model}"):
         loaded, tokenizer, _ = load(model, dtype=dtype, device=device, progress=show)
-        training = _blocks(texts, 0, tokenizer, block_size, blocks)
-        held_out, held_out_documents = _blocks(texts, 1, tokenizer, block_size, held_out_blocks)
+        training = text_blocks(texts, 0, tokenizer, block_size, blocks)
+        held_out, held_out_documents = text_blocks(texts, 1, tokenizer, block_size, held_out_blocks)
     problem = problem_of(loaded.dtype)
     begun = path.exists()
     with naming("--calibration"):
-        calibrator = Calibrator(loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=_bar)
+        calibrator = Calibrator(loaded, *training, cost_blocks=cost_blocks, batch_size=batch_size, path=path, bar=bar)
     show(f"{'going on from' if begun else 'measurements are kept in'} {path}")
     with naming(model):
         try:
             calibrator.measure_similarity()
             calibrator.measure_outputs()
             calibrator.measure_costs()
-            planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=_bar)
+            planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=bar)
             losses = _compare(calibrator, planned, held_out, batch_size)
             served = None
             if calibrator.has_adapter:  # off, as the model is used with its full cache
@@ -172,7 +172,7 @@ def plan_command(
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar, or in a log file a line at the beginning."""
     if not sys.stderr.isatty():
         show(what)
@@ -185,7 +185,8 @@ def _size(name: str, text: str | None) -> int | None:
         return None if text is None else parse_bytes(text)
 
 
-def _require_different(paths: dict[str, Path | None]) -> None:
+def require_different(paths: dict[str, Path | None]) -> None:
+    """Refuse options that name the same file."""
     seen: dict[str, str] = {}
     for name, path in paths.items():
         if path is None:
@@ -222,12 +223,7 @@ def _require_choice(problem: Problem) -> None:
         )
 
 
-def _documents(name: str) -> tuple[list[Document], list[Document]]:
-    with naming(name):
-        return split_documents(resolve_data(name, progress=show))
-
-
-def _blocks(
+def text_blocks(
     texts: dict[str, tuple[list[Document], list[Document]]], part: int, tokenizer: Any, block_size: int, wanted: int
 ) -> tuple[torch.Tensor, list[str]]:
     """Blocks of all texts, as many of each, and their documents: of the training part (0) or the held-out one (1)."""
@@ -251,7 +247,7 @@ def _compare(
     sizes = sizes_to_measure(planned)
     rivals = list(dict.fromkeys([planned.plan, *(plan for _, plan in planned.rivals)]))
     losses = {}
-    with _bar("comparing plans", len(sizes) + 2 * len(rivals) + 1) as advance:
+    with bar("comparing plans", len(sizes) + 2 * len(rivals) + 1) as advance:
         for plan in (*sizes, *rivals):
             calibrator.plan_loss(plan)
             advance(1)
