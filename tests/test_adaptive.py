@@ -410,3 +410,24 @@ def test_refusals() -> None:
     model.train()
     with share(model, ByContent()), pytest.raises(PlanError, match="without gradient checkpointing"):
         model(ids)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+def test_prefill_stops_early_under_a_plan_with_a_budget(family: str) -> None:
+    """Layers above the last leader run for one position, also where the prompts begin with a smaller plan."""
+    model = model_of(family)
+    ids, mask = padded()
+    plan = SharingPlan.from_leaders([0, 1, 2], NUM_LAYERS, layer_kinds(model.config))
+    seen: list[int] = []
+    decoder = model.model if hasattr(model, "model") else model.transformer
+    last = (decoder.layers if hasattr(decoder, "layers") else decoder.h)[-1].mlp
+    hook = last.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    with share(model, plan):
+        expected = write(model, ids, mask)
+        for budget in ("1GiB", map_bytes([0, 0, 2, 2, 2, 2], layer_kinds(model.config), model.dtype, TOKENS + NEW) * 3):
+            seen.clear()
+            out = write(model, ids, mask, kv_budget=budget)
+            assert seen[:3] == [1, 1, 1]
+            if budget == "1GiB":
+                assert torch.equal(out.sequences, expected.sequences)
+    hook.remove()

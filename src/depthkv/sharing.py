@@ -116,13 +116,7 @@ class SharedModel(Patches):
         refuse_reentrant_checkpointing(decoder)
         involved = {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
         _patch_layers(self, context, involved, set(plan.followers))
-        tail = prefill.Tail(context, decoder, plan)
-        if tail.layers:
-            head = decoder.head_with_logits_to_keep()
-            if head is not None:
-                self._replace(head, "forward", tail.wrap_head)
-                for layer in tail.layers:
-                    self._replace(decoder.layers[layer], "forward", partial(tail.wrap_layer, layer))
+        tail = _patch_tail(self, context, plan)
         signature = inspect.signature(decoder.module.forward)
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -303,9 +297,9 @@ def share(
     are those of the same plan with everything computed.
 
     A router chooses the plan of each sequence while its prompt is read. With a budget, leaders are given up while the
-    cache grows: what they kept is freed, their readers go on with another leader (docs/adaptive.md). Both are for
-    inference, with transformers' dynamic caches. Inside the block `model.generate(..., kv_budget="64MiB")` takes a
-    budget for one call.
+    cache grows: what they kept is freed, their readers go on with another leader. Both are for inference, with
+    transformers' dynamic caches; see docs/how-to/adaptive.md. Inside the block `model.generate(..., kv_budget="64MiB")`
+    takes a budget for one call.
 
     Args:
         model: a decoder-only model of transformers (bare, with a head, wrapped by PEFT, or split by accelerate).
@@ -410,6 +404,18 @@ def _guarded(patches: Patches, apply: Callable[[], None]) -> None:
     except BaseException:
         patches.remove()
         raise
+
+
+def _patch_tail(patches: Patches, context: Context, plan: SharingPlan) -> prefill.Tail:
+    """Patch the layers above the last leader, where the model's head can say which positions it needs."""
+    decoder = patches._decoder
+    tail = prefill.Tail(context, decoder, plan)
+    head = decoder.head_with_logits_to_keep() if tail.layers else None
+    if head is not None:
+        patches._replace(head, "forward", tail.wrap_head)
+        for layer in tail.layers:
+            patches._replace(decoder.layers[layer], "forward", partial(tail.wrap_layer, layer))
+    return tail
 
 
 def _patch_layers(

@@ -25,7 +25,7 @@ from depthkv.sharing import Patches, _adapter_switch, _guarded
 
 
 class LearnedRouter(Router):
-    """A layer leads where its head says so; the others read the nearest leader, or the one that `sources` prefers.
+    """A layer leads where its head says so; the others read the nearest leader.
 
     Args:
         weights: `[layers, features]`, see `features.prompt_features`.

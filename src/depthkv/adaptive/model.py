@@ -23,7 +23,8 @@ from depthkv.decoder import Decoder
 from depthkv.errors import KVBudgetError, PlanError
 from depthkv.memory import measured_cache_bytes
 from depthkv.plan import SharingPlan
-from depthkv.sharing import Patches, _guarded, _patch_layers, check_plan
+from depthkv.prefill import Tail
+from depthkv.sharing import Patches, _guarded, _patch_layers, _patch_tail, check_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,7 @@ class AdaptiveModel(Patches):
         """The last `generate()` ended because the budget had no room for another token."""
         self.last_maps: tuple[Sources, ...] = ()
         """The maps of the last forward, one for each sequence."""
+        self._tail: Tail | None = None
         self._ladder = router.ladder or Ladder(decoder.kinds)
         self._dtype = next(decoder.model.parameters()).dtype
         self._latest: Callable[[], Cache | None] = lambda: None
@@ -80,6 +82,8 @@ class AdaptiveModel(Patches):
         decoder, context = self._decoder, self._context
         everyone = set(range(decoder.num_layers))
         _patch_layers(self, context, everyone, everyone, attention_forward)
+        if isinstance(self.router, FixedRouter):  # what a sequence gives up only lengthens the tail
+            self._tail = _patch_tail(self, context, SharingPlan(self.router.sources))
         self._replace(decoder.module, "forward", self._wrap_decoder)
         if callable(getattr(decoder.model, "generate", None)):
             self._replace(decoder.model, "generate", self._wrap_generate)
@@ -201,6 +205,7 @@ class AdaptiveModel(Patches):
             return size([*so_far, layer, *ahead]) <= room
 
         step = PromptStep(self.router, kinds, num_tokens, None if ids is None else ids[0], layers, may_lead)
+        step.num_last_positions = None if self._tail is None else self._tail.positions_needed()
         known = self.router.start(step.prompt)
         if known is not None:
             while room is not None and size(known) > room and (below := ladder.smaller(known)) is not None:

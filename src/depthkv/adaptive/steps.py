@@ -41,6 +41,14 @@ class PromptStep:
         self.computes_kv = [True] * len(kinds)
         self.pairs: dict[int, Pair] = {}
         self.had_no_room = False
+        self.num_last_positions: int | None = None
+        """Of a map that is known: see `depthkv.attention.Step`."""
+        self.tail_inputs: dict[str, Any] = {}
+
+    @property
+    def sources(self) -> Sequence[int]:
+        """As far as they are known."""
+        return self.prompt.sources if self.fixed is None else self.fixed
 
     def fix(self, sources: Sources) -> None:
         """The whole map is known."""
@@ -104,6 +112,7 @@ class TokenStep:
         self.computes_kv = [bool(rows) for rows in self.rows]
         self.pairs: dict[int, Pair] = {}
         self.last_reader = {source: layer for layer, entry in enumerate(layers) for source in entry.sources}
+        self.num_last_positions: int | None = None  # later tokens run through all layers
 
     def enter(self, layer: int, hidden: torch.Tensor | None) -> None:
         """The attention of `layer` begins."""

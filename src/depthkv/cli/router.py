@@ -44,7 +44,7 @@ def router_command(
         float, option("--retention", inputs.retention_value, "R", "Mean share of the layers that keep a cache.")
     ],
     method: Annotated[
-        str, option("--method", method_name, "NAME", f"{', '.join(METHODS)}.  See docs/adaptive.md.")
+        str, option("--method", method_name, "NAME", f"{', '.join(METHODS)}.  See docs/how-to/adaptive.md.")
     ] = METHODS[0],
     plan: Annotated[
         list[Path] | None, option("--plan", Path, "FILE", "A plan for the portfolio. Repeat it for several.")
