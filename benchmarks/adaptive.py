@@ -58,7 +58,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--losses-only", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -74,11 +73,7 @@ def main() -> None:
     same_size = diverse_plans(known, args.leaders, len(corrected))
     kinds = layer_kinds(model.config)
     problem = Problem(kinds=kinds, budget=Budget.of_retention(1.0, model.config, model.dtype))
-    nested = {len(plan.leaders): plan for plan in nested_plans(problem, corrected, same_size[0])}
-    ladder = [nested[size] for size in args.ladder]
-    kept = measure_plans(model, [*same_size, *ladder], parts, digits, args)
-    if args.losses_only:
-        return
+    kept = measure_plans(model, same_size, parts, digits, args)
 
     def results(plan: SharingPlan, part: str) -> list[Result]:
         return kept[part][json.dumps(list(plan.kv_source_layers))]
@@ -94,6 +89,9 @@ def main() -> None:
         return statistics.fmean(loss for loss, _ in results(plan, "calibration"))
 
     static = min(same_size, key=mean_loss)
+    nested = {len(plan.leaders): plan for plan in nested_plans(problem, corrected, static)}
+    ladder = [nested[size] for size in args.ladder]
+    kept = measure_plans(model, [*same_size, *ladder], parts, digits, args)
     number = len(test.sorts)
     note("prose plan", results(same_size[0], "test"), [args.leaders] * number)
     note("static", results(static, "test"), [args.leaders] * number, kv_source_layers=list(static.kv_source_layers))

@@ -355,7 +355,7 @@ class TestReading:
             (lambda f: f.update(version=2), "version to be 1, got 2"),
             (
                 lambda f: f.update(format="depthkv-plan"),
-                "or plan writes, got the format 'depthkv-plan'",
+                "plan or generate writes, got the format 'depthkv-plan'",
             ),
             (lambda f: f.pop("format"), "writes, got the keys version, model"),
             (lambda f: f.pop("command"), "command to be text, got no such key"),
@@ -447,7 +447,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
-            (["good.json", "bad.json"], "bad.json: expected what --json of evaluate, bench or plan writes"),
+            (["good.json", "bad.json"], "bad.json: expected what --json of evaluate, bench, plan or generate writes"),
             (["good.json", "none.json"], "a JSON file at none.json"),
             (["good.json", "--label", "a", "--label", "b"], "--label: expected one for each of 1 files, got 2"),
             (["good.json", "--out", "r.html", "--json", "r.html"], "--json: expected another file"),

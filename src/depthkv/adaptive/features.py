@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 
-FIRST, LAST = 4, 16
-"""Positions at the beginning and the end of a prompt whose hidden states are pooled."""
-
 NUM_STATISTICS = 4
 
 
@@ -23,18 +20,19 @@ def token_statistics(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def pooled(hidden: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
-    """`[..., tokens, hidden_size]` -> `[..., 2 x hidden_size]`, fp32: means over the first and the last positions.
+    """`[..., tokens, hidden_size]` -> `[..., hidden_size]`, fp32: the mean over the prompt.
+
+    Means over its first and last few positions told less of which plan is best (docs/results.md).
 
     Args:
         hidden: normed, as the attention gets it.
         num_tokens: of the prompt, where more tokens follow it.
     """
-    prompt = hidden[..., :num_tokens, :].float()
-    return torch.cat([prompt[..., :FIRST, :].mean(dim=-2), prompt[..., -LAST:, :].mean(dim=-2)], dim=-1)
+    return hidden[..., :num_tokens, :].float().mean(dim=-2)
 
 
 def prompt_features(tokens: torch.Tensor | None, hidden: torch.Tensor, num_tokens: int | None = None) -> torch.Tensor:
-    """`[tokens]` and `[tokens, hidden_size]` -> `[NUM_STATISTICS + 2 x hidden_size]`, on the CPU.
+    """`[tokens]` and `[tokens, hidden_size]` -> `[NUM_STATISTICS + hidden_size]`, on the CPU.
 
     Without token ids (only embeddings are known) the statistics are 0.
     """

@@ -83,7 +83,7 @@ class RouterTraining(Patches):
         decoder = find_decoder(model)
         super().__init__(decoder, _adapter_switch(model))
         self.kinds = decoder.kinds
-        width = NUM_STATISTICS + 2 * int(decoder.config.get_text_config().hidden_size)
+        width = NUM_STATISTICS + int(decoder.config.get_text_config().hidden_size)
         self.weights = nn.Parameter(torch.zeros(len(self.kinds), width))
         signs = [2.0 if source == layer else -2.0 for layer, source in enumerate(start.kv_source_layers)]
         self.bias = nn.Parameter(torch.tensor(signs))

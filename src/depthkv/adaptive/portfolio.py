@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError, PlanError
 from depthkv.plan import SharingPlan
 
-_PENALTIES = tuple(10.0**exponent for exponent in range(-1, 7))
-"""Of the ridge regression; the best is chosen by leaving each input out."""
+_PENALTIES = tuple(10.0**exponent for exponent in range(-1, 6))
+"""Of the ridge regression that are tried."""
 
 
 class PortfolioRouter(Router):
@@ -97,6 +96,9 @@ def fit_portfolio(
 ) -> PortfolioRouter:
     """Ridge regression of each plan's loss, and the price at which the mean retention is at most `retention`.
 
+    Features: `portfolio_features`. The penalty of the regression is the one whose choices, each made without the input
+    that it is for, cost least.
+
     Args:
         plans: candidates.
         losses: of each plan on each calibration input, nats, `[inputs, plans]`.
@@ -118,42 +120,51 @@ def fit_portfolio(
     x, y = features.double(), losses.double()
     center, scale = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
     x = (x - center) / scale
-    # what all plans have in common is no reason for one of them
-    weights, left_out = _ridge(x, y)
-    predicted = left_out
+    best: tuple[float, float, torch.Tensor] | None = None
+    for penalty in _PENALTIES:
+        weights, left_out = _ridge(x, y, penalty)
+        price = _price(left_out, shares, retention)
+        chosen = (left_out + price * shares).argmin(dim=1)
+        # what counts is what is chosen, not how near the predictions are
+        loss = float(y.gather(1, chosen[:, None]).mean())
+        if best is None or loss < best[0]:
+            best = (loss, price, weights)
+    assert best is not None
+    return PortfolioRouter(plans, best[2], center, scale, best[1], kinds, order)
+
+
+def _price(predicted: torch.Tensor, shares: torch.Tensor, retention: float) -> float:
+    """The least price at which the plans that are chosen keep at most `retention` on average."""
 
     def mean_retention(price: float) -> float:
         return float(shares[(predicted + price * shares).argmin(dim=1)].mean())
 
+    if mean_retention(0.0) <= retention + 1e-9:
+        return 0.0
     low, high = 0.0, 1.0
-    while mean_retention(high) > retention and high < 1e6:
-        high *= 2
-    if mean_retention(0.0) <= retention:
-        high = 0.0
+    while mean_retention(high) > retention + 1e-9:
+        low, high = high, 2 * high
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_retention(middle) > retention else (low, middle)
-    return PortfolioRouter(plans, weights, center, scale, high, kinds, order)
+        low, high = (middle, high) if mean_retention(middle) > retention + 1e-9 else (low, middle)
+    return high
 
 
-def _ridge(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights `[plans, 1 + features]`, and what is predicted for each input by weights fitted without it."""
-    number = len(x)
+def _ridge(x: torch.Tensor, y: torch.Tensor, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[plans, 1 + features]`, and what is predicted for each input by weights fitted without it.
+
+    Args:
+        x: features with a mean of 0.
+        y: losses.
+        penalty: on the squared weights.
+    """
+    number, mean = len(x), y.mean(dim=0)
     kernel = x @ x.T
-    mean = y.mean(dim=0)
-    best: tuple[float, torch.Tensor, torch.Tensor] | None = None
-    for penalty in _PENALTIES:
-        # leaving one out in closed form (Hastie et al., The Elements of Statistical Learning, section 7.10)
-        hat = torch.linalg.solve(kernel + penalty * torch.eye(number, dtype=x.dtype), kernel).T + 1 / number
-        fitted = hat @ (y - mean) + mean
-        left_out = y - (y - fitted) / (1 - hat.diagonal())[:, None]
-        # what counts is which plan is chosen
-        error = float((left_out - left_out.mean(1, True) - y + y.mean(1, True)).square().mean())
-        if best is None or error < best[0]:
-            dual = torch.linalg.solve(kernel + penalty * torch.eye(number, dtype=x.dtype), y - mean)
-            best = (error, torch.cat([mean[:, None], (x.T @ dual).T], dim=1), left_out)
-    assert best is not None and math.isfinite(best[0])
-    return best[1], best[2]
+    inverse = torch.linalg.inv(kernel + penalty * torch.eye(number, dtype=x.dtype))
+    # leaving one out in closed form (Hastie et al., The Elements of Statistical Learning, section 7.10)
+    hat = kernel @ inverse + 1 / number
+    left_out = y - (y - mean - hat @ (y - mean)) / (1 - hat.diagonal())[:, None]
+    return torch.cat([mean[:, None], (x.T @ inverse @ (y - mean)).T], dim=1), left_out
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from depthkv.errors import DepthKVError
 
 def report_command(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="What --json of evaluate, bench and plan wrote.")
+        list[Path], typer.Argument(metavar="FILE...", help="What --json of evaluate, bench, plan and generate wrote.")
     ],
     out: Annotated[Path, option("--out", json_path, "FILE", "The page, one HTML file.")] = Path("report.html"),
     label: Annotated[
@@ -27,9 +27,10 @@ def report_command(
 ) -> None:
     """One HTML page of what was measured: curves, tables, heat maps, texts, plans, speed, how to reproduce it.
 
-    A file of plan says how a plan was chosen, and what it costs beside other rules of choice. Several files of one kind
-    stand beside each other, such as evaluations of a model before and after it was adapted. Nothing is measured here.
-    The page needs no network and no scripts.
+    A file of plan says how a plan was chosen, and what it costs beside other rules of choice; one of generate which
+    layers were kept for which prompt, and the memory over time. Several files of one kind stand beside each other, such
+    as evaluations of a model before and after it was adapted. Nothing is measured here. The page needs no network and
+    no scripts.
     """
     from depthkv.report.html import build_page
     from depthkv.report.reading import read_figures

@@ -45,6 +45,8 @@ class Line:
     connected: bool = True
     dense: bool = False
     """So many points that each is a dot."""
+    bare: bool = False
+    """A line without points, and intervals as a band behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,7 @@ def line_chart(
     styles: Sequence[int] | None = None,
     level: tuple[float, str] | None = None,
     shifted: bool = True,
+    height: float = 290.0,
 ) -> Markup:
     """Lines with intervals.
 
@@ -92,10 +95,12 @@ def line_chart(
         zero: the y axis shows 0, as a line of its own.
         styles: number of each line's colour and marker, as for `swatch`; None counts from 0.
         level: a value to compare with, as a line across, and its words.
-        shifted: lines are a little beside each other, so that their intervals can be told apart.
+        shifted: lines are a little beside each other, so that their intervals can be told apart; bare ones a little
+            above each other, so that equal ones can be seen.
+        height: of the whole, in pixels.
     """
     numbers = list(range(len(lines))) if styles is None else list(styles)
-    height, left, right, top = 290.0, 46.0, 16.0, 34.0
+    left, right, top = 46.0, 16.0, 34.0
     bottom = 44.0 + 14.0 * max((label.count("\n") for _, label in ticks), default=0)
     points = [point for line in lines for point in line.points]
     place = _scale([x for x, _ in ticks] + [point.x for point in points], left + 22, WIDTH - right - 22, log=log_x)
@@ -123,6 +128,9 @@ def line_chart(
     parts.append(text((left + WIDTH - right) / 2, height - 5, x_label, "axis middle"))
     for order, (number, line) in enumerate(zip(numbers, lines, strict=True)):
         shift = 4.0 * (order - (len(lines) - 1) / 2) if shifted and len(lines) <= COLOURS else 0.0
+        if line.bare:
+            parts.append(_bare(number, line, place, up, -0.7 * shift))
+            continue
         at = [(place(point.x) + shift, up(point.y)) for point in line.points]
         drawn = []
         through = [place for place, point in zip(at, line.points, strict=True) if not point.aside]
@@ -204,12 +212,28 @@ def item_chart(
     return drawing([*grid, *parts], height, title)
 
 
-def swatch(number: int, *, connected: bool = True) -> Markup:
+def swatch(number: int, *, connected: bool = True, bare: bool = False) -> Markup:
     """A short line and the marker of the line with this number, for a legend."""
     line = Markup('<line class="line{}" x1="1" y1="7" x2="29" y2="7"/>').format(_dash(number)) if connected else ""
     return Markup('<svg class="swatch c{}" viewBox="0 0 30 14" aria-hidden="true">{}{}</svg>').format(
-        number % COLOURS + 1, line, _marker(15, 7, number)
+        number % COLOURS + 1, line, "" if bare else _marker(15, 7, number)
     )
+
+
+def _bare(
+    number: int, line: Line, place: Callable[[float], float], up: Callable[[float], float], shift: float
+) -> Markup:
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        return " ".join(f"{short(place(x))},{short(up(y) + shift)}" for x, y in points)
+
+    drawn = [Markup("<title>{}</title>").format(line.label)]
+    around = [point for point in line.points if point.low == point.low]
+    if around:
+        ends = [(point.x, point.high) for point in around] + [(point.x, point.low) for point in reversed(around)]
+        drawn.append(Markup('<polygon class="band" points="{}"/>').format(path(ends)))
+    points = path([(point.x, point.y) for point in line.points])
+    drawn.append(Markup('<polyline class="line{}" points="{}"/>').format(_dash(number), points))
+    return Markup('<g class="c{}">{}</g>').format(number % COLOURS + 1, Markup("").join(drawn))
 
 
 def _point_labels(

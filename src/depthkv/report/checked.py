@@ -110,6 +110,13 @@ class CheckedObject:
             raise DepthKVError(f"expected {self.path(key)} to be a list of {count} numbers, got {len(found.values)}")
         return tuple(map(found.share, found.values))
 
+    def wholes(self, key: str, count: int) -> tuple[int, ...]:
+        """As many whole numbers from 0."""
+        found = CheckedObject({f"{key}[{i}]": value for i, value in enumerate(self.sequence(key))}, self.place)
+        if len(found.values) != count:
+            raise DepthKVError(f"expected {self.path(key)} to be a list of {count} numbers, got {len(found.values)}")
+        return tuple(map(found.whole, found.values))
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of texts."""
         found = CheckedObject({f"{key}[{i}]": value for i, value in enumerate(self.sequence(key))}, self.place)
@@ -133,6 +140,14 @@ class CheckedObject:
             raise DepthKVError(f"{self.path(key)}: {error}") from error
         if plan.num_layers != num_layers:
             raise self.wrong(key, f"a list of {num_layers} layers")
+        return plan
+
+    def led_plan(self, num_layers: int) -> SharingPlan:
+        """`kv_source_layers`, with the `leaders` beside them checked."""
+        plan = self.plan("kv_source_layers", num_layers)
+        if self.layers("leaders", num_layers) != plan.leaders:
+            expected = f"the layers that read themselves, {list(plan.leaders)}"
+            raise DepthKVError(f"expected {self.path('leaders')} to be {expected}, got {self.values['leaders']}")
         return plan
 
     def matrix(self, key: str, size: int) -> Matrix:

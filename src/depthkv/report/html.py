@@ -13,6 +13,13 @@ from markupsafe import Markup
 
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import BETTER_THAN_FULL, Score
+from depthkv.report.generation_reading import GenerationFigures
+from depthkv.report.generation_sections import (
+    Generations,
+    generation_sections,
+    generation_warnings,
+    generation_words,
+)
 from depthkv.report.loss import loss_sections
 from depthkv.report.parts import (
     Cell,
@@ -29,7 +36,7 @@ from depthkv.report.parts import (
 )
 from depthkv.report.plan_reading import PlanFigures
 from depthkv.report.plan_sections import Plans, plan_sections, plan_words
-from depthkv.report.reading import ArmFigures, BenchFigures, EvaluationFigures
+from depthkv.report.reading import AnyFigures, ArmFigures, BenchFigures, EvaluationFigures
 from depthkv.report.runs import Runs
 from depthkv.report.speed import Benches, bench_words, speed_sections
 from depthkv.report.suites import suite_sections
@@ -37,8 +44,6 @@ from depthkv.report.suites import suite_sections
 if TYPE_CHECKING:
     import jinja2
 
-AnyFigures = EvaluationFigures | BenchFigures | PlanFigures
-"""What `read_figures` gives."""
 _FOLDER = Path(__file__).parent
 
 
@@ -69,22 +74,24 @@ def build_page(files: Sequence[AnyFigures], labels: Sequence[str] | None = None)
     runs: dict[str, EvaluationFigures] = {}
     benches: dict[str, BenchFigures] = {}
     plans: dict[str, PlanFigures] = {}
+    generations: dict[str, GenerationFigures] = {}
     for i, figures in enumerate(files):
-        own = _of_its_kind(figures, runs, benches, plans)
+        own = _of_its_kind(figures, runs, benches, plans, generations)
         label = _own_label(figures, own) if labels is None else labels[i]
         if label in own:
             raise DepthKVError(f"expected labels that are different, got {label!r} twice")
         own[label] = figures
-    sections = [*plan_sections(plans), *loss_sections(runs), *suite_sections(runs), *speed_sections(benches)]
-    sections += _about(runs, benches, plans, _own_command(files, labels))
+    sections = [*plan_sections(plans), *loss_sections(runs), *suite_sections(runs)]
+    sections += [*generation_sections(generations), *speed_sections(benches)]
+    sections += _about(runs, benches, plans, generations, _own_command(files, labels))
     models = dict.fromkeys(figures.model for figures in files)
-    sentence = verdict(runs, benches, plans)
+    sentence = verdict(runs, benches, plans, generations)
     html = _template().render(
         title=f"depthkv report: {', '.join(models)}",
         models=list(models),
         verdict=sentence,
         facts=_facts(runs, plans),
-        warnings=_warnings(runs, plans),
+        warnings=[*_warnings(runs, plans), *generation_warnings(generations)],
         sections=sections,
         # our own file; it must not be escaped
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
@@ -107,9 +114,9 @@ def _template() -> jinja2.Template:
     ).get_template("page.html.jinja")
 
 
-def verdict(runs: Runs, benches: Benches, plans: Plans) -> str:
+def verdict(runs: Runs, benches: Benches, plans: Plans, generations: Generations) -> str:
     """One sentence from the figures."""
-    parts = [*_quality_words(runs), *plan_words(plans)]
+    parts = [*_quality_words(runs), *plan_words(plans), *generation_words(generations)]
     parts = [f"{part[0].upper()}{part[1:]}" if i == 0 else part for i, part in enumerate(parts)]
     speed = list(bench_words(benches))
     if speed:
@@ -177,9 +184,10 @@ def _around(found: Score, digits: int) -> str:
     return interval(found.difference_low, found.difference_high, digits, sign=True)
 
 
-def _of_its_kind(figures: AnyFigures, runs: Runs, benches: Benches, plans: Plans) -> Any:
+def _of_its_kind(figures: AnyFigures, runs: Runs, benches: Benches, plans: Plans, generations: Generations) -> Any:
     """The files that a file stands beside."""
-    return runs if isinstance(figures, EvaluationFigures) else plans if isinstance(figures, PlanFigures) else benches
+    kinds = {EvaluationFigures: runs, BenchFigures: benches, PlanFigures: plans, GenerationFigures: generations}
+    return kinds[type(figures)]
 
 
 def _own_label(figures: AnyFigures, taken: Mapping[str, object]) -> str:
@@ -236,7 +244,7 @@ def _warnings(runs: Runs, plans: Plans) -> list[str]:
     return warnings
 
 
-def _about(runs: Runs, benches: Benches, plans: Plans, own_command: str) -> list[Section]:
+def _about(runs: Runs, benches: Benches, plans: Plans, generations: Generations, own_command: str) -> list[Section]:
     """Recipe, environment and commands."""
     sections = []
     recipes = {label: run.recipe for label, run in runs.items() if run.recipe}
@@ -246,17 +254,21 @@ def _about(runs: Runs, benches: Benches, plans: Plans, own_command: str) -> list
         sections.append(Section(anchor="recipe", title="Recipe", intro=intro, parts=(table,)))
     columns: dict[str, Mapping[str, str]] = {}
     for label, found in plans.items():
-        own = f"{label} (plan)" if runs or benches else label
+        own = f"{label} (plan)" if runs or benches or generations else label
         columns[own] = {"model": found.model, **found.settings, **found.environment}
     for label, run in runs.items():
         columns[label] = {"model": run.model, **run.settings, **run.environment}
+    for label, text in generations.items():
+        own = f"{label} (text)" if runs or benches or plans else label
+        columns[own] = {"model": text.model, **text.settings, **text.environment}
     for label, bench in benches.items():
-        columns[f"{label} (speed)" if runs or plans else label] = {"model": bench.model, **bench.environment}
+        own = f"{label} (speed)" if runs or plans or generations else label
+        columns[own] = {"model": bench.model, **bench.environment}
     table = _entries("Settings and environment", columns)
     sections.append(
         Section(anchor="environment", title="Environment", intro="What it was measured with.", parts=(table,))
     )
-    written = [found.command for kind in (plans, runs, benches) for found in kind.values()]
+    written = [found.command for kind in (plans, runs, generations, benches) for found in kind.values()]
     commands = [command for command in dict.fromkeys(written) if command]
     intro = "The first commands write the JSON files that the last one reads." if commands else ""
     code = Code(caption="Commands", text="\n".join([*commands, own_command]))

@@ -106,7 +106,7 @@ def layer_map(
         inside.append(Markup('<g class="hits">{}</g>').format(Markup("").join(shown)))
     place = Markup('<g transform="translate({} {}) scale({})">{}</g>')
     parts = [place.format(left, top, f"{cell:.4f}", Markup("").join(inside))]
-    for layer in _layer_ticks(size, cell, 24 if small else 20):
+    for layer in layer_ticks(size, cell, 24 if small else 20):
         parts.append(text(left - 5, top + (layer + 0.5) * cell + 4, str(layer), "tick end"))
         parts.append(text(left + (layer + 0.5) * cell, top + room + 14, str(layer), "tick middle"))
     if not small:
@@ -117,8 +117,8 @@ def layer_map(
     return drawing(parts, height, title, width)
 
 
-def layer_bars(shares: Sequence[float], plan: SharingPlan, *, title: str, y_label: str) -> Markup:
-    """An upright bar for each layer, from 0 to 100 %, the plan's leaders in colour."""
+def layer_bars(shares: Sequence[float], plan: SharingPlan | None, *, title: str, y_label: str) -> Markup:
+    """An upright bar for each layer, from 0 to 100 %, the plan's leaders in colour, or all of them."""
     size = len(shares)
     left, top, tall = 46.0, 28.0, 130.0
     room = WIDTH - left - 10
@@ -130,12 +130,12 @@ def layer_bars(shares: Sequence[float], plan: SharingPlan, *, title: str, y_labe
         parts.append(text(left - 6, y + 4, f"{100 * share:.0f} %", "tick end"))
     box = '<rect class="{}" x="{}" y="{}" width="{}" height="{}"><title>layer {}: {} %</title></rect>'
     for layer, share in enumerate(shares):
-        leads = plan.kv_source_layers[layer] == layer
+        leads = plan is None or plan.kv_source_layers[layer] == layer
         high = max(tall * share, 1.0)
         x, y = left + (layer + 0.1) * cell, top + tall - high
         numbers = (short(x), short(y), f"{0.8 * cell:.2f}", short(high))
         parts.append(Markup(box).format("bar c1" if leads else "rest", *numbers, layer, fixed(100 * share, 0)))
-    for layer in _layer_ticks(size, cell, 20):
+    for layer in layer_ticks(size, cell, 20):
         parts.append(text(left + (layer + 0.5) * cell, top + tall + 15, str(layer), "tick middle"))
     parts.append(text(left + room / 2, top + tall + 33, "layer", "axis middle"))
     return drawing(parts, top + tall + 40, title)
@@ -185,7 +185,7 @@ def staircase(
         frame = '<rect class="frame" x="{}" y="{}" width="{}" height="{}"/>'
         parts.append(Markup(frame).format(left, short(top + chosen * pitch), short(room), short(pitch)))
     bottom = top + rows * pitch
-    for layer in _layer_ticks(num_layers, cell, 20):
+    for layer in layer_ticks(num_layers, cell, 20):
         parts.append(text(left + (layer + 0.5) * cell, bottom + 15, str(layer), "tick middle"))
     parts.append(text(left + room / 2, bottom + 33, "layer", "axis middle"))
     return drawing(parts, bottom + 40, title)
@@ -201,6 +201,10 @@ def box_swatch(kind: str) -> Markup:
         "blank": '<rect class="blank" x="1" y="1" width="12" height="12"/>',
         "rest": '<rect class="rest" x="1" y="1" width="12" height="12"/>',
         "bar": '<rect class="bar c1" x="1" y="1" width="12" height="12"/>',
+        "half": '<rect class="blank" x="1" y="1" width="12" height="12"/>'
+        '<rect class="bar c2" x="1" y="7" width="12" height="6"/>',
+        "gone": '<rect class="bar c2" x="1" y="1" width="12" height="12"/>',
+        "band": '<rect class="band c1" x="1" y="1" width="12" height="12"/>',
     }[kind]
     return Markup(box).format(Markup(shape))
 
@@ -260,7 +264,7 @@ def _colour(share: float) -> bytes:
     return bytes(round(a + (b - a) * (place - first)) for a, b in zip(*ends, strict=True))
 
 
-def _layer_ticks(size: int, cell: float, room: float) -> range:
+def layer_ticks(size: int, cell: float, room: float) -> range:
     """Layers with a figure, at least `room` apart."""
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step * cell >= room), max(size, 1))
     return range(0, size, step)

@@ -128,7 +128,7 @@ def plan_figures(top: CheckedObject, file: str) -> PlanFigures:
     if top.values.get("version") != VERSION or isinstance(top.values["version"], bool):
         raise top.wrong("version", str(VERSION))
     num_layers = top.whole("num_layers", 1)
-    plan = _plan(top, num_layers)
+    plan = top.led_plan(num_layers)
     top.share("retention")
     data, budget, similarity = top.texts("data"), top.object("budget"), top.object("similarity")
     nested = tuple(_nested(found, num_layers) for found in top.objects("nested"))
@@ -157,15 +157,6 @@ def plan_figures(top: CheckedObject, file: str) -> PlanFigures:
         rules=_rules(top, num_layers, plan),
         certainty=_certainty(top.object("certainty"), num_layers) if "certainty" in top else None,
     )
-
-
-def _plan(found: CheckedObject, num_layers: int) -> SharingPlan:
-    """From the sources, with the leaders beside them checked."""
-    plan = found.plan("kv_source_layers", num_layers)
-    if found.layers("leaders", num_layers) != plan.leaders:
-        expected = f"the layers that read themselves, {list(plan.leaders)}"
-        raise DepthKVError(f"expected {found.path('leaders')} to be {expected}, got {found.values['leaders']}")
-    return plan
 
 
 def _settings(top: CheckedObject, data: tuple[str, ...], budget: str) -> dict[str, str]:
@@ -224,7 +215,7 @@ def _rules(top: CheckedObject, num_layers: int, plan: SharingPlan) -> tuple[Rule
 def _rule(found: CheckedObject, num_layers: int) -> Rule:
     return Rule(
         label=found.text("label"),
-        plan=_plan(found, num_layers),
+        plan=found.led_plan(num_layers),
         bytes_per_token=found.whole("kv_bytes_per_token", 1),
         predicted=found.number("predicted_loss"),
         measured=found.number("measured_loss"),

@@ -1,4 +1,4 @@
-"""JSON files of `depthkv evaluate`, `depthkv bench` and `depthkv plan`, checked key by key."""
+"""JSON files of `depthkv evaluate`, `bench`, `plan` and `generate`, checked key by key."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
 from depthkv.planner.figures import FORMAT as PLAN_FORMAT
 from depthkv.report.checked import CheckedObject, kind
+from depthkv.report.generation_reading import FORMAT as GENERATION_FORMAT
+from depthkv.report.generation_reading import GenerationFigures, generation_figures
 from depthkv.report.plan_reading import PlanFigures, plan_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
@@ -129,8 +131,14 @@ class BenchFigures:
     command: str
 
 
-def read_figures(path: str | os.PathLike[str]) -> EvaluationFigures | BenchFigures | PlanFigures:
-    """Read a file that `--json` of `depthkv evaluate`, `bench` or `plan` wrote. Keys that it does not know are left.
+AnyFigures = EvaluationFigures | BenchFigures | PlanFigures | GenerationFigures
+"""What `read_figures` gives."""
+
+
+def read_figures(path: str | os.PathLike[str]) -> AnyFigures:
+    """Read a file that `--json` of `depthkv evaluate`, `bench`, `plan` or `generate` wrote.
+
+    Keys that it does not know are left.
 
     Raises:
         DepthKVError: no such file, no JSON, or a key that is missing or holds something else; names the file and key.
@@ -151,12 +159,14 @@ def read_figures(path: str | os.PathLike[str]) -> EvaluationFigures | BenchFigur
             return _evaluation(top, name)
         if data.get("format") == PLAN_FORMAT:
             return plan_figures(top, name)
+        if data.get("format") == GENERATION_FORMAT:
+            return generation_figures(top, name)
         if "format" not in data and "arms" in data:
             return _bench(top, name)
         got = (
             f"the format {data['format']!r}" if "format" in data else f"the keys {', '.join(list(data)[:8]) or 'none'}"
         )
-        raise DepthKVError(f"expected what --json of evaluate, bench or plan writes, got {got}")
+        raise DepthKVError(f"expected what --json of evaluate, bench, plan or generate writes, got {got}")
     except DepthKVError as error:
         raise DepthKVError(f"{Path(path)}: {error}") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
+from itertools import accumulate
 
 from markupsafe import Markup
 
@@ -40,4 +42,9 @@ def stroke(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
 def cut(words: str, room: float) -> str:
     """Shortened to what fits."""
     letters = max(8, int(room / LETTER))
-    return words if len(words) <= letters else f"{words[: letters - 1].rstrip()}\u2026"
+    # Chinese, Japanese and Korean ones are twice as wide
+    widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in words]
+    if sum(widths) <= letters:
+        return words
+    ends = accumulate(widths)
+    return f"{words[: sum(end < letters for end in ends)].rstrip()}\u2026"
