@@ -63,6 +63,7 @@ ADDED_OPTIONS: dict[str, dict[str, str]] = {
     "generate": {"--max-new-tokens": "3"},
     "plan": {"--block-size": "32", "--blocks": "2", "--cost-blocks": "1", "--held-out-blocks": "2"}
     | {"--evaluations": "1"},
+    "router": {"--block-size": "32", "--blocks": "4", "--held-out-blocks": "2", "--steps": "2"},
     "bench": {"--prompt-tokens": "8", "--new-tokens": "3", "--repeats": "1"},
 }
 """What is added where a command line says nothing of it."""
@@ -382,6 +383,13 @@ def test_plan_has_the_documented_keys(here: Path) -> None:
     whole = ("environment", "budget", "similarity", "comparison[].against_even")
     for figures in (json.loads(Path("f.json").read_text()), plan_file()):  # and those that the report is tested with
         assert keys_of(figures, whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
+
+
+def test_router_has_the_documented_keys(here: Path) -> None:
+    command = "router adapted --data my-text --retention .5 --out r.safetensors --json r.json"
+    assert main(quick(shlex.split(command))) == 0
+    found = keys_of(json.loads(Path("r.json").read_text()), whole=("environment",))
+    assert found == documented("router")
 
 
 _SPREAD = ("_min", "_max")
