@@ -204,6 +204,93 @@ def memory() -> str:
     return table(headings, rows)
 
 
+ADAPTIVE = {
+    "prose plan": "one plan, found on prose",
+    "static": "one plan, best of 16 on the calibration inputs",
+    "oracle": "oracle: the best of the 16 for each input",
+    "portfolio": "portfolio of these 16",
+    "portfolio, any size": "portfolio, and smaller and larger plans",
+    "similarity, plain": "similarity",
+    "similarity": "similarity, weighed by measured losses",
+    "learned": "learned heads",
+}
+"""Rows of benchmarks/adaptive.py, in the order of the table."""
+
+
+def adaptive() -> str:
+    """Loss of each way to choose, and how much of the way from the static plan to the oracle it goes."""
+    rows = []
+    for run in read("adaptive.jsonl"):
+        found = run["rows"]
+        static, oracle = (found[name]["loss"]["value"] for name in ("static", "oracle"))
+        for name, words in ADAPTIVE.items():
+            if name not in found:
+                continue
+            loss = found[name]["loss"]["value"]
+            cells = [f"{run['label']}, {run['leaders']} of {run['num_layers']}", words]
+            cells += [f"{found[name]['mean_leaders']:.1f}", f"{loss:.3f}"]
+            cells.append("" if name == "static" else f"{(static - loss) / (static - oracle):.0%}")
+            cells.append(f"{found[name]['seconds_to_make']:.0f} s" if "seconds_to_make" in found[name] else "")
+            rows.append(cells)
+    headings = [
+        "model",
+        "the layers are chosen by",
+        "layers kept",
+        "loss",
+        "of the gap to the oracle",
+        "making it took",
+    ]
+    return table(headings, rows)
+
+
+def adaptive_sorts() -> str:
+    """The same by sort of input: loss, digits and layers kept."""
+    rows = []
+    for run in read("adaptive.jsonl"):
+        for name, words in ADAPTIVE.items():
+            if name not in run["rows"]:
+                continue
+            cells = [f"{run['label']}, {run['leaders']} of {run['num_layers']}", words]
+            for sort in run["rows"][name]["by_sort"].values():
+                digits = "" if sort["digits"] is None else f", {sort['digits']:.0%}"
+                cells.append(f"{sort['loss']:.2f}{digits} ({sort['mean_leaders']:.0f})")
+            rows.append(cells)
+    sorts = list(dict.fromkeys(read("adaptive.jsonl")[0]["sorts"]))
+    return table(["model", "the layers are chosen by", *sorts], rows)
+
+
+def elastic() -> str:
+    """Ways to stay within the bytes of a short full cache while the text grows."""
+    rows = []
+    for run in read("elastic.jsonl"):
+        for name, found in run["rows"].items():
+            cells = [f"{run['label']}, {run['start']} to {run['tokens']:,} tokens", name]
+            cells += [f"{found['loss']['value']:.3f}", f"{found['largest_bytes'] / run['budget']:.3f}"]
+            for sort in ("prose", "code", "tables", "repetition", "recall"):
+                part = found["by_sort"].get(sort)
+                if part is None:
+                    cells.append("")
+                    continue
+                digits = f", {part['digits']:.0%}" if sort == "recall" else ""
+                cells.append(f"{part['loss']:.2f}{digits}")
+            rows.append(cells)
+    headings = ["model", "cache", "loss", "most bytes, of the budget", "prose", "code", "tables", "repetition"]
+    return table([*headings, "recall, digits found"], rows)
+
+
+def router_cost() -> str:
+    """A router against the plan that it chose."""
+    rows = []
+    for run in read("router_cost.jsonl"):
+        for name, found in run["pairs"].items():
+            cells = [name]
+            for part in ("ttft", "token"):
+                low, high = found[f"{part}_ratio_range"]
+                cells.append(f"{found[f'{part}_ratio']:.3f}x ({low:.2f} to {high:.2f})")
+            rows.append(cells)
+    return table(["router", "time to first token", "time per further token"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "comparison-texts": comparison_texts,
@@ -213,6 +300,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "planner": planner,
     "planner-rules": planner_rules,
     "memory": memory,
+    "adaptive": adaptive,
+    "adaptive-sorts": adaptive_sorts,
+    "elastic": elastic,
+    "router-cost": router_cost,
 }
 
 

@@ -166,6 +166,23 @@ def test_batch_operations_move_maps_with_sequences(family: str) -> None:
         assert handle.last_maps == maps and again.shape[0] == 3
 
 
+def test_equal_prompts_are_read_once() -> None:
+    model = model_of("gemma3_text")
+    ids, mask = padded((0, 4, 11, 0))
+    ids, mask = ids[[0, 1, 0, 2, 1]], mask[[0, 1, 0, 2, 1]]
+    calls: list[int] = []
+    hook = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    with share(model, ByContent()) as handle:
+        out = write(model, ids, mask)
+        maps = handle.last_maps
+        assert len(calls) == 3 + NEW - 1
+        alone = [write(model, ids[row : row + 1, pad:]) for row, pad in ((0, 0), (1, 4), (3, 11))]
+    hook.remove()
+    assert maps[2] == maps[0] and maps[4] == maps[1]
+    for row, single in zip(range(5), (0, 1, 0, 2, 1), strict=True):
+        assert torch.equal(out.sequences[row, -NEW:], alone[single].sequences[0, -NEW:])
+
+
 def test_beams_and_sampling_run() -> None:
     model = model_of("llama")
     ids, mask = padded()

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, StoppingCriteria
 from depthkv.adaptive.budget import KVBudget, Limit, map_bytes, require_room, shed
 from depthkv.adaptive.cache import GroupedLayer, grouped_layers, sources_of
 from depthkv.adaptive.ladder import Ladder, Sources, nearest_sources
-from depthkv.adaptive.prompts import join_outputs, one_prompt, prompt_starts
+from depthkv.adaptive.prompts import first_alike, join_outputs, one_prompt, prompt_starts
 from depthkv.adaptive.router import FixedRouter, Router
 from depthkv.adaptive.steps import PromptStep, TokenStep, attention_forward
 from depthkv.checkpointing import is_checkpointed
@@ -164,9 +164,18 @@ class AdaptiveModel(Patches):
             return output
         parts: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in self._decoder.kinds]
         maps: list[Sources] = []
-        outputs = []
+        outputs: list[Any] = []
         left = total
+        # under a budget of all together the room differs from row to row
+        alike = first_alike(arguments, starts) if total is None else list(range(batch))
         for row, start in enumerate(starts):
+            if (first := alike[row]) != row:
+                maps.append(maps[first])
+                outputs.append(outputs[first])
+                for at, held in enumerate(parts):
+                    if maps[first][at] == at and layers is not None:
+                        held.append(held[sum(sources[at] == at for sources in maps[:first])])
+                continue
             own = None if layers is None else [_fresh(layer) for layer in layers]
             room = _least(None if left is None else left // (batch - row), sequence)
             row_cache = None if own is None else Cache(layers=list(own))

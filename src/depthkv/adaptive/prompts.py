@@ -33,6 +33,23 @@ def prompt_starts(mask: Any, batch: int, tokens: int) -> list[int]:
     return starts
 
 
+def first_alike(arguments: dict[str, Any], starts: Sequence[int]) -> list[int]:
+    """For each sequence the first one with the same prompt: beams and several samples of one are read once."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    ids, positions = tensors.get("input_ids"), tensors.get("position_ids")
+    known = {"input_ids", "attention_mask", "position_ids", "cache_position"}
+    if ids is None or not set(tensors) <= known or (positions is not None and positions.ndim != 2):
+        return list(range(len(starts)))
+    seen: dict[tuple[Any, ...], int] = {}
+    found = []
+    for row, start in enumerate(starts):
+        key: tuple[Any, ...] = (start, *ids[row, start:].tolist())
+        if positions is not None and positions.shape[0] == len(starts):
+            key = (key, tuple(positions[row, start:].flatten().tolist()))
+        found.append(seen.setdefault(key, row))
+    return found
+
+
 def one_prompt(arguments: dict[str, Any], row: int, start: int, cache: Cache | None) -> dict[str, Any]:
     """The decoder's arguments for one sequence, without its padding."""
     inputs = arguments.get("input_ids")
