@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument("--piece", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--leaders", type=int, default=15, help="of the plan that the ladder goes by")
+    parser.add_argument("--through", type=Path, help="that plan; by default the best measured one of --leaders")
+    parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -153,8 +155,11 @@ def main() -> None:
         print(f"{label:30} {rows[label]['loss']['value']:.3f} {largest:>12,} of {budget:,} bytes", flush=True)
 
     for label, (make_context, make_cache) in arms.items():
+        if args.arms and label not in args.arms:
+            continue
         run(label, make_context(), make_cache)
     last = reports[-1].maps[0]
+    rungs = Ladder.of(plan, kinds).plans
     run("smaller plan from the start", share(model, SharingPlan(last)), dynamic)
     line = {
         "label": args.label,
@@ -165,6 +170,7 @@ def main() -> None:
         "sorts": list(args.sorts),
         "inputs": len(inputs.sorts),
         "budget": budget,
+        "through": list(next(p for p in rungs if len(p.leaders) == args.leaders).kv_source_layers),
         "window_tokens": args.start,
         "int8_tokens": int8_tokens,
         "rows": rows,
@@ -188,6 +194,7 @@ def ladder_plan(args: argparse.Namespace, model: Any) -> SharingPlan:
     kinds = layer_kinds(model.config)
     problem = Problem(kinds=kinds, budget=Budget.of_retention(1.0, model.config, model.dtype))
     best = min((m for m in known if len(m.plan.leaders) == args.leaders), key=lambda m: m.increase).plan
+    best = best if args.through is None else SharingPlan.load(args.through)
     nested = nested_plans(problem, corrected, best)
     provenance = {"order": given_up(nested), "nested": [list(plan.kv_source_layers) for plan in nested[1:]]}
     return SharingPlan(range(len(kinds)), provenance)
