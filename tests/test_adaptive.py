@@ -349,6 +349,86 @@ def test_eight_times_what_the_full_cache_could_hold() -> None:
     assert leaders == sorted(leaders, reverse=True) and leaders[0] == 12 and leaders[-1] == 1
 
 
+def test_a_budget_that_falls_at_any_moment_ends_the_text_and_keeps_it() -> None:
+    model = model_of("llama")
+    ids, _ = padded((0,))
+    for last in range(1, 12):
+        asked: list[int] = []
+
+        def room(last: int = last, asked: list[int] = asked) -> int:
+            asked.append(1)
+            return 10**9 if len(asked) <= last + 2 else 1  # the first answers are share's, generate's and the prompt's
+
+        with share(model, SharingPlan.full(NUM_LAYERS), kv_budget=room) as handle:
+            out = write(model, ids)
+        assert TOKENS < out.sequences.shape[1] <= TOKENS + NEW
+        assert handle.ended_for_room == (out.sequences.shape[1] < TOKENS + NEW)
+
+
+def test_what_ends_by_itself_did_not_end_for_room() -> None:
+    model = model_of("llama")
+    ids, _ = padded((0,))
+    one = map_bytes([0] * NUM_LAYERS, layer_kinds(model.config), model.dtype, 1)
+    with share(model, SharingPlan.full(NUM_LAYERS), kv_budget=one * (TOKENS + NEW - 1)) as handle:
+        out = write(model, ids)
+        assert out.sequences.shape[1] == TOKENS + NEW and not handle.ended_for_room
+        out = write(model, ids, max_new_tokens=NEW + 1)
+        assert out.sequences.shape[1] == TOKENS + NEW and handle.ended_for_room
+        # a cache of before says nothing of a text that is written without one
+        assert write(model, ids, max_new_tokens=NEW + 1, use_cache=False).sequences.shape[1] == TOKENS + NEW + 1
+        positional = model.generate(ids, None, None, [], max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(positional[:, : TOKENS + NEW], out.sequences)
+
+
+def test_a_failed_prompt_leaves_an_empty_cache() -> None:
+    model = model_of("llama")
+    ids, mask = padded()
+
+    class Fails(ByContent):
+        armed = True
+
+        def source(self, layer: int, prompt: Prompt, own: Any) -> int:
+            if self.armed and layer == 3:
+                raise RuntimeError("a bug")
+            return super().source(layer, prompt, own)
+
+    router = Fails()
+    with share(model, router), torch.no_grad():
+        for rows in (slice(0, 1), slice(0, 3)):
+            cache = DynamicCache(config=model.config)
+            router.armed = True
+            with pytest.raises(RuntimeError, match="a bug"):
+                model(ids[rows], attention_mask=mask[rows], past_key_values=cache)
+            assert cache.get_seq_length() == 0 and measured_cache_bytes(cache) == 0
+            router.armed = False
+            got = model(ids[rows], attention_mask=mask[rows], past_key_values=cache).logits
+            torch.testing.assert_close(got, model(ids[rows], attention_mask=mask[rows], use_cache=False).logits)
+            cache.crop(-TOKENS)
+            assert cache.layers[0].sources == []
+
+
+def test_prefill_of_a_batch_holds_the_cache_and_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import weakref
+
+    from depthkv.adaptive.cache import GroupedLayer
+
+    model = model_of("llama")
+    ids, mask = padded()
+    alive: list[Any] = []
+    held: list[int] = []
+    fill = GroupedLayer.fill
+
+    def watched(self: Any, parts: Any, num_tokens: int) -> None:
+        held.append(sum(reference() is not None for reference in alive))
+        alive.extend(weakref.ref(tensor) for pair in parts for tensor in pair)
+        fill(self, parts, num_tokens)
+
+    monkeypatch.setattr(GroupedLayer, "fill", watched)
+    with share(model, Everyone()), torch.no_grad():
+        model(ids, attention_mask=mask, use_cache=True)
+    assert held == [0] * NUM_LAYERS  # what was joined before is freed
+
+
 # The ladder
 
 
@@ -368,8 +448,12 @@ def test_ladder_follows_nested_plans_and_orders() -> None:
     assert Ladder(kinds).smaller((0, 1, 2, 3, 4, 5)) == (0, 1, 2, 3, 4, 4)
     with pytest.raises(PlanError, match="nested"):
         Ladder(kinds, plans=[nested[1], nested[0]])
-    with pytest.raises(PlanError, match="order of layers"):
-        Ladder(kinds, order=[1, 1])
+    for order in ([1, 1], [6], ["a"], [1.5], [True]):
+        with pytest.raises(PlanError, match="order of layers"):
+            Ladder(kinds, order=order)  # type: ignore[arg-type]
+    for sources in ([0, 1], [0, 1, 2, 3, 4, 9]):
+        with pytest.raises(PlanError):
+            Ladder.of(SharingPlan(plan.kv_source_layers, {"nested": [sources]}), kinds)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -425,8 +509,28 @@ def test_refusals() -> None:
         model(ids)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    with share(model, ByContent()), pytest.raises(PlanError, match="without gradient checkpointing"):
-        model(ids)
+    with share(model, ByContent()):
+        with pytest.raises(PlanError, match="adaptive sharing is for inference, got one in training"):
+            model(ids)
+        with torch.no_grad():
+            model(ids)
+    model.eval()
+    with share(model, SharingPlan.full(NUM_LAYERS)) as handle:
+        kept = model.generate
+        handle.remove()
+        with pytest.raises(PlanError, match="kv_budget after remove"):
+            kept(ids, kv_budget="1MiB")
+        assert "generate" not in model.__dict__
+    for options in ({"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+        for shared in ({"plan": ByContent()}, {"plan": SharingPlan.full(NUM_LAYERS), "kv_budget": "1MiB"}):
+            with (
+                share(model, **shared),
+                pytest.raises(PlanError, match=f"one token at a time .*, got {next(iter(options))}"),
+            ):
+                write(model, ids, mask, **options)
+    with share(model, ByContent()), torch.no_grad():
+        with pytest.raises(CacheMismatchError, match="offloaded"):
+            model(ids, past_key_values=DynamicCache(config=model.config, offloading=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])

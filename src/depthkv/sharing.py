@@ -48,6 +48,7 @@ class Patches:
         self._switch = switch
         """Turns an adapter on or off that belongs to sharing (`depthkv.adapt.adapters`)."""
         self._context = Context()
+        self._is_suspended = False
         self._activate()
 
     def _activate(self) -> None:
@@ -69,8 +70,32 @@ class Patches:
         # generate() asks for the forward's signature to know what it may pass
         setattr(module, name, update_wrapper(wrap(original), original))
 
+    def _apply(self) -> None:
+        """Put the replacements in place, after `_activate`."""
+        raise NotImplementedError
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model exactly as it was before, so that it can be shared in another way and measured in between.
+
+        Does nothing where it is suspended or removed already.
+        """
+        if not self._context.in_force:
+            yield
+            return
+        self.remove()
+        self._is_suspended = True
+        try:
+            yield
+        finally:
+            if self._is_suspended:  # not removed meanwhile
+                self._is_suspended = False
+                self._activate()
+                _guarded(self, self._apply)
+
     def remove(self) -> None:
-        """Restore the model exactly; calling it again does nothing."""
+        """Restore the model exactly; calling it again does nothing, and ends a suspension for good."""
+        self._is_suspended = False
         while self._saved:
             module, name, had, original = self._saved.pop()
             if had:
@@ -148,15 +173,12 @@ class SharedModel(Patches):
             from depthkv.adaptive.budget import KVBudget
             from depthkv.adaptive.model import AdaptiveModel
 
+            if not self._context.in_force:
+                raise PlanError("expected a model that is shared, got kv_budget after remove()")
             # the plan is only where the call begins
-            self.remove()
-            try:
-                budget = KVBudget(total=kv_budget)
-                with AdaptiveModel.under(self._decoder, self.plan, budget, self._own_switch):
-                    return self._decoder.model.generate(*args, **kwargs)  # type: ignore[operator]
-            finally:
-                self._activate()
-                _guarded(self, self._apply)
+            budget = KVBudget(total=kv_budget)
+            with self.suspended(), AdaptiveModel.under(self._decoder, self.plan, budget, self._own_switch):
+                return self._decoder.model.generate(*args, **kwargs)  # type: ignore[operator]
 
         return generate
 
@@ -178,7 +200,6 @@ class Routing(Patches):
         self.last_maps = [self.last_plan]
         """The same for each sequence of the batch, where the sampler draws one for each; otherwise one map."""
         self.skip_unread = skip_unread
-        self._is_suspended = False
         _guarded(self, self._apply)
 
     def _apply(self) -> None:
@@ -233,30 +254,6 @@ class Routing(Patches):
             return run_step(self._context, everyone_itself, decoder, original, args, kwargs)
         finally:
             self._switch(True)
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """The model exactly as it was before `route`, so that it can be shared and measured in between.
-
-        Does nothing where routing is suspended or removed already.
-        """
-        if not self._context.in_force:
-            yield
-            return
-        self.remove()
-        self._is_suspended = True
-        try:
-            yield
-        finally:
-            if self._is_suspended:  # not removed meanwhile
-                self._is_suspended = False
-                self._activate()
-                _guarded(self, self._apply)
-
-    def remove(self) -> None:
-        """See `Patches.remove`; ends a suspension, too."""
-        self._is_suspended = False
-        super().remove()
 
 
 @overload

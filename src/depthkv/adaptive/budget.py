@@ -42,9 +42,10 @@ def _bytes(limit: Limit | None) -> int | None:
     value = limit() if callable(limit) else limit
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, str)):
+    # numpy's integers pass, booleans and floats do not
+    if isinstance(value, bool) or not (isinstance(value, str) or hasattr(value, "__index__")):
         raise DepthKVError(f'expected a KV budget such as "64MiB" or a number of bytes, got {value!r}')
-    size = parse_bytes(value) if isinstance(value, str) else value
+    size = parse_bytes(value) if isinstance(value, str) else value.__index__()
     if size < 1:
         raise DepthKVError(f"expected a KV budget of at least 1 byte, got {value!r}")
     return size
@@ -73,21 +74,26 @@ def shed(
     if total is None and sequence is None:
         return maps
     needs = bytes_needed(layers, maps, num_tokens)
-    below = [ladder.smaller(sources) for sources in maps]
+    below: dict[int, Sources | None] = {}  # only asked for where something must go
+
+    def smaller(row: int) -> Sources | None:
+        if row not in below:
+            below[row] = ladder.smaller(maps[row])
+        return below[row]
+
     while True:
         too_large = [row for row, need in enumerate(needs) if sequence is not None and need > sequence]
         if not too_large and (total is None or sum(needs) <= total):
             return maps
-        candidates = [row for row in too_large or range(len(maps)) if below[row] is not None]
+        candidates = [row for row in too_large or range(len(maps)) if smaller(row) is not None]
         if not candidates:
             tokens = layers[0].num_tokens + num_tokens
             raise _too_small(needs, total, sequence, tokens)
         row = max(candidates, key=lambda row: (needs[row], -row))
-        smaller = below[row]
-        assert smaller is not None
-        maps[row] = smaller
-        needs[row] = bytes_needed(layers, [smaller], num_tokens)[0]
-        below[row] = ladder.smaller(smaller)
+        found = below.pop(row)
+        assert found is not None
+        maps[row] = found
+        needs[row] = bytes_needed(layers, [found], num_tokens)[0]
 
 
 def require_room(needs: Sequence[int], total: int | None, sequence: int | None, num_tokens: int) -> None:

@@ -108,6 +108,8 @@ class GroupedLayer(CacheLayerMixin):
         if self.is_initialized:
             self.own.crop(tokens_to_remove)
         self.num_tokens = max(0, self.num_tokens + tokens_to_remove)
+        if self.num_tokens == 0:
+            self.reset()
 
     def reset(self) -> None:
         self.own.reset()
@@ -122,18 +124,6 @@ class GroupedLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._select(torch.arange(len(self.sources))[torch.as_tensor(indices).cpu()].tolist())
-
-    def activate_past_recording(self) -> None:
-        if self.window is not None:
-            self.own.activate_past_recording()
-
-    def offload(self) -> None:
-        if self.is_initialized:
-            self.own.offload()
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self.own.prefetch()
 
     # What routing asks
 
@@ -216,6 +206,8 @@ def grouped_layers(cache: Cache, num_layers: int) -> list[GroupedLayer]:
         CacheMismatchError: another sort of cache, or one that was filled under a plan or without sharing.
     """
     layers = cache.layers
+    if getattr(cache, "offloading", False):
+        raise CacheMismatchError("expected a dynamic cache for adaptive sharing, got an offloaded one")
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(layers) < num_layers:
             layers.append(cache.layer_class_to_replicate())

@@ -67,6 +67,8 @@ def load_router(path: str | os.PathLike[str], kinds: Sequence[LayerKind]) -> Any
     Raises:
         DepthKVError: no such file, another format or version, unknown keys, or a router for other layers.
     """
+    if os.path.isdir(path):
+        raise DepthKVError(f"expected a router file at {path}, got a folder")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -75,12 +77,16 @@ def load_router(path: str | os.PathLike[str], kinds: Sequence[LayerKind]) -> Any
         reason = getattr(error, "strerror", None) or error
         raise DepthKVError(f"expected a router file at {path}, got {reason}") from error
     try:
-        header = json.loads(metadata.get("depthkv", "null"))
+        header = json.loads(metadata.get("depthkv", "null"), parse_constant=_no_constant)
         return _router(header, tensors, kinds)
     except DepthKVError as error:
         raise DepthKVError(f"{path}: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError, IndexError, RuntimeError) as error:
         raise DepthKVError(f"{path}: expected a router, got a damaged one ({type(error).__name__}: {error})") from error
+
+
+def _no_constant(name: str) -> float:
+    raise DepthKVError(f"expected numbers, got {name}")
 
 
 def _similarity(header: dict[str, Any], tensors: dict[str, torch.Tensor], kinds: Sequence[LayerKind]) -> AnyRouter:
@@ -109,7 +115,7 @@ _METHODS: dict[str, tuple[_Make, frozenset[str], frozenset[str]]] = {
 def _router(header: Any, tensors: dict[str, torch.Tensor], kinds: Sequence[LayerKind]) -> AnyRouter:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise DepthKVError(f"expected a file of the format {FORMAT}, got another one")
-    if header.get("version") != VERSION or isinstance(header["version"], bool):
+    if type(header.get("version")) is not int or header["version"] != VERSION:
         raise DepthKVError(f"expected version {VERSION}, got {header.get('version')!r}")
     method = header.get("method")
     if method not in _METHODS:
@@ -124,8 +130,18 @@ def _router(header: Any, tensors: dict[str, torch.Tensor], kinds: Sequence[Layer
             f"expected a router for the {len(kinds)} layers of this model, got one for {len(header['kinds'])} layers"
             + (" of other kinds" if len(header["kinds"]) == len(kinds) else "")
         )
-    if any(not bool(tensor.isfinite().all()) for name, tensor in tensors.items() if name != "weights"):
-        raise DepthKVError("expected finite numbers, got others")
+    for name in keys & {"threshold", "price"}:
+        if isinstance(header[name], bool) or not isinstance(header[name], (int, float)):
+            raise DepthKVError(f"expected a number as {name}, got {header[name]!r}")
+    if not isinstance(header["order"], list) or not isinstance(header["provenance"], dict):
+        raise DepthKVError("expected a list as order and an object as provenance, got something else")
+    for name, tensor in tensors.items():
+        # pairs that cannot share have an infinite weight
+        valid = tensor.dtype in (torch.float32, torch.float64) and not bool(tensor.isnan().any())
+        if not valid or (method != "similarity" and not bool(tensor.isfinite().all())):
+            raise DepthKVError(f"expected finite numbers as {name}, got others")
+    if method == "portfolio" and not bool((tensors["scale"] > 0).all()):
+        raise DepthKVError("expected a scale above 0, got another")
     router = make(header, tensors, kinds)
     for plan in router.plans if isinstance(router, PortfolioRouter) else ():
         check_plan(plan, tuple(kinds))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from depthkv.architectures import LayerKind
 from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
+from depthkv.sharing import check_plan
 
 Sources = tuple[int, ...]
 """Entry l is the layer whose keys and values layer l reads."""
@@ -34,10 +35,13 @@ class Ladder:
         self.kinds = tuple(kinds)
         self.order = tuple(order)
         self.plans = tuple(plans)
+        for plan in self.plans:
+            check_plan(plan, self.kinds)
         for larger, smaller in zip(self.plans, self.plans[1:], strict=False):
             if not set(smaller.leaders) < set(larger.leaders):
                 raise PlanError(f"expected nested plans, got leaders {smaller.leaders} after {larger.leaders}")
-        if len(set(self.order)) != len(self.order) or any(not 0 <= i < len(self.kinds) for i in self.order):
+        layers = all(isinstance(i, int) and not isinstance(i, bool) for i in self.order)
+        if not layers or len({i for i in self.order if 0 <= i < len(self.kinds)}) != len(self.order):
             raise PlanError(f"expected an order of layers from 0 to {len(self.kinds) - 1}, got {list(self.order)}")
         self.required = frozenset(self.kinds.index(kind) for kind in set(self.kinds))
         """The first layer of each kind always leads."""

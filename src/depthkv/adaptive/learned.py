@@ -15,16 +15,15 @@ import torch
 from torch import nn
 
 from depthkv.adaptive.features import NUM_STATISTICS, pooled, token_statistics
-from depthkv.adaptive.ladder import Ladder
-from depthkv.adaptive.router import Pair, Prompt, Router
+from depthkv.adaptive.router import MadeRouter, Pair, Prompt
 from depthkv.architectures import LayerKind
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError, PlanError
 from depthkv.plan import SharingPlan
-from depthkv.sharing import Patches, _adapter_switch, _guarded
+from depthkv.sharing import Patches, _adapter_switch, _guarded, check_plan, share
 
 
-class LearnedRouter(Router):
+class LearnedRouter(MadeRouter):
     """A layer leads where its head says so; the others read the nearest leader.
 
     Args:
@@ -45,10 +44,9 @@ class LearnedRouter(Router):
         threshold: float = 0.0,
         order: Sequence[int] = (),
     ) -> None:
+        super().__init__(kinds, order, weights.shape[-1] - NUM_STATISTICS if weights.ndim == 2 else 0)
         self.weights, self.bias, self.threshold = weights.float().cpu(), bias.float().cpu(), threshold
-        self.kinds = tuple(kinds)
-        self.ladder = Ladder(kinds, order)
-        if weights.shape[0] != len(kinds) or bias.shape != (len(kinds),):
+        if weights.ndim != 2 or weights.shape[0] != len(kinds) or bias.shape != (len(kinds),):
             raise PlanError(f"expected heads for {len(kinds)} layers, got {list(weights.shape)} and {list(bias.shape)}")
 
     def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
@@ -59,12 +57,6 @@ class LearnedRouter(Router):
         features = torch.cat([prompt.notes["statistics"], pooled(prompt.hidden).cpu()])
         leads = float(self.weights[layer] @ features + self.bias[layer]) > self.threshold
         return layer if leads else prompt.leaders(layer)[-1]
-
-    def check(self, kinds: Sequence[LayerKind]) -> None:
-        if tuple(kinds) != self.kinds:
-            raise PlanError(
-                f"expected a model with the {len(self.kinds)} layers that the router was made for, got other layers"
-            )
 
 
 class RouterTraining(Patches):
@@ -81,6 +73,7 @@ class RouterTraining(Patches):
 
     def __init__(self, model: nn.Module, start: SharingPlan, *, temperature: float = 1.0, seed: int = 0) -> None:
         decoder = find_decoder(model)
+        check_plan(start, decoder.kinds)
         super().__init__(decoder, _adapter_switch(model))
         self.kinds = decoder.kinds
         width = NUM_STATISTICS + int(decoder.config.get_text_config().hidden_size)
@@ -188,7 +181,7 @@ def train_router(
     Raises:
         DepthKVError: a prompt that leaves nothing to predict, or a retention outside its range.
     """
-    if not 0 < retention <= 1 or not 0 < prompt_tokens < tokens.shape[1] - 1:
+    if not 0 < retention <= 1 or not 0 < prompt_tokens < tokens.shape[1]:
         raise DepthKVError(
             f"expected a retention above 0 and at most 1 and prompts shorter than the {tokens.shape[1]} tokens, "
             f"got {retention} and {prompt_tokens}"
@@ -233,8 +226,6 @@ def _at_retention(
     model: Any, router: LearnedRouter, prompts: Sequence[torch.Tensor], retention: float
 ) -> LearnedRouter:
     """The threshold at which the prompts keep `retention` on average, by bisection."""
-    from depthkv.sharing import share
-
     device = model.get_input_embeddings().weight.device
     low, high, best = -4.0, 4.0, (math.inf, 0.0)
     for _ in range(6):

@@ -15,10 +15,9 @@ from transformers import Cache, DynamicCache, StoppingCriteria
 from depthkv.adaptive.budget import KVBudget, Limit, map_bytes, require_room, shed
 from depthkv.adaptive.cache import GroupedLayer, grouped_layers, sources_of
 from depthkv.adaptive.ladder import Ladder, Sources, nearest_sources
-from depthkv.adaptive.prompts import first_alike, join_outputs, one_prompt, prompt_starts
+from depthkv.adaptive.prompts import first_alike, join_outputs, one_prompt, prompt_starts, without_cache
 from depthkv.adaptive.router import FixedRouter, Router
 from depthkv.adaptive.steps import PromptStep, TokenStep, attention_forward
-from depthkv.checkpointing import is_checkpointed
 from depthkv.decoder import Decoder
 from depthkv.errors import KVBudgetError, PlanError
 from depthkv.memory import measured_cache_bytes
@@ -51,8 +50,11 @@ class AdaptiveModel(Patches):
         budget: KVBudget,
         switch: Callable[[bool], None] | None = None,
     ) -> None:
-        router.check(decoder.kinds)
+        router.check(decoder.kinds, int(decoder.config.get_text_config().hidden_size))
         budget.now()
+        ladder = router.ladder or Ladder(decoder.kinds)
+        if ladder.kinds != decoder.kinds:
+            raise PlanError(f"expected a ladder for the {decoder.num_layers} layers of the model, got one for others")
         super().__init__(decoder, switch)
         self.router = router
         """What decides in prefill."""
@@ -65,8 +67,11 @@ class AdaptiveModel(Patches):
         self.last_maps: tuple[Sources, ...] = ()
         """The maps of the last forward, one for each sequence."""
         self._tail: Tail | None = None
-        self._ladder = router.ladder or Ladder(decoder.kinds)
-        self._dtype = next(decoder.model.parameters()).dtype
+        self._ladder = ladder
+        self._call_total: Limit | None = None
+        """Of the present `generate()`."""
+        self._granted: tuple[int | None, int | None] | None = None
+        """Limits under which `generate()` was told that there is room for the next token."""
         self._latest: Callable[[], Cache | None] = lambda: None
         _guarded(self, self._apply)
 
@@ -93,15 +98,25 @@ class AdaptiveModel(Patches):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(signature.bind(*args, **kwargs).arguments)
-            arguments |= arguments.pop("kwargs", {})
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(name, {})
             return self._run(original, arguments)
 
         return forward
 
     def _run(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         decoder = self._decoder
-        if is_checkpointed(decoder):
-            raise PlanError("expected a model without gradient checkpointing, since adaptive sharing is for inference")
+        if decoder.module.training and torch.is_grad_enabled():
+            raise PlanError(
+                "expected a model in evaluation mode or torch.no_grad(), since adaptive sharing is for inference, "
+                "got one in training"
+            )
+        with torch.no_grad():
+            return self._run_without_gradient(original, arguments)
+
+    def _run_without_gradient(self, original: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        decoder = self._decoder
         inputs = arguments.get("input_ids")
         batch, tokens = (arguments["inputs_embeds"] if inputs is None else inputs).shape[:2]
         cache = arguments.get("past_key_values")
@@ -111,7 +126,13 @@ class AdaptiveModel(Patches):
         layers = None if cache is None else grouped_layers(cache, decoder.num_layers)
         given_up: list[tuple[int, int]] = []
         if layers is None or not layers[0].sources:
-            output = self._read_prompts(original, arguments, cache, layers, batch, tokens)
+            self._latest = lambda: None
+            try:
+                output = self._read_prompts(original, arguments, cache, layers, batch, tokens)
+            except BaseException:  # what is half decided must not be gone on with
+                for layer in layers or []:
+                    layer.reset()
+                raise
         else:
             if len(layers[0].sources) != batch:
                 raise PlanError(f"expected {len(layers[0].sources)} sequences, as in the cache, got {batch}")
@@ -137,7 +158,11 @@ class AdaptiveModel(Patches):
 
     # Prompts
 
-    @torch.no_grad()
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of keys and values, as far as the weights tell."""
+        return next(p.dtype for p in self._decoder.model.parameters() if p.is_floating_point())
+
     def _read_prompts(
         self,
         original: Callable[..., Any],
@@ -148,7 +173,7 @@ class AdaptiveModel(Patches):
         tokens: int,
     ) -> Any:
         """Each sequence alone, without its padding: what is decided for it cannot depend on the others."""
-        total, sequence = self.budget.now() if layers is not None else (None, None)
+        total, sequence = self._limits() if layers is not None else (None, None)
         smallest = nearest_sources(sorted(self._ladder.required), self._decoder.kinds)
         least = map_bytes(smallest, self._decoder.kinds, self._dtype, tokens)
         require_room([least] * batch, total, sequence, tokens)
@@ -182,20 +207,21 @@ class AdaptiveModel(Patches):
             prompt = one_prompt(arguments, row, start, row_cache)
             step = self._prompt_step(prompt, own, room, tokens)
             with self._context.bound(step):  # type: ignore[arg-type]
-                outputs.append(original(**prompt))
+                outputs.append(without_cache(original(**prompt)))
             maps.append(tuple(step.prompt.sources))
             for number, kept in enumerate(own or []):
                 if kept.keys is not None and kept.values is not None:
                     parts[number].append((kept.keys, kept.values))
+            del step, own, row_cache, prompt  # `parts` alone holds the pairs, so that `fill` frees layer by layer
             if left is not None:
                 left -= map_bytes(maps[-1], self._decoder.kinds, self._dtype, tokens)
-        del step, own, row_cache, prompt
+        output = join_outputs(outputs, starts, tokens, cache)
         self.last_maps = tuple(maps)
         for entry in layers or []:
             entry.sources = [sources[entry.layer] for sources in maps]
             if parts[entry.layer]:
                 entry.fill(parts[entry.layer], tokens)
-        return join_outputs(outputs, starts, tokens, cache)
+        return output
 
     def _prompt_step(
         self, arguments: dict[str, Any], layers: list[GroupedLayer] | None, room: int | None, stored_tokens: int
@@ -217,6 +243,8 @@ class AdaptiveModel(Patches):
         step.num_last_positions = None if self._tail is None else self._tail.positions_needed()
         known = self.router.start(step.prompt)
         if known is not None:
+            known = SharingPlan(known).kv_source_layers
+            check_plan(SharingPlan(known), kinds)
             while room is not None and size(known) > room and (below := ladder.smaller(known)) is not None:
                 known = below
             step.fix(known)
@@ -227,7 +255,8 @@ class AdaptiveModel(Patches):
     def _make_room(self, layers: list[GroupedLayer], tokens: int) -> list[tuple[int, int]]:
         """Give up leaders, as far as the next tokens need it; returns the sequence and layer of each."""
         before = sources_of(layers)
-        maps = shed(layers, self._ladder, *self.budget.now(), tokens)
+        limits, self._granted = self._granted or self._limits(), None
+        maps = shed(layers, self._ladder, *limits, tokens)
         if maps == before:
             return []
         for layer in layers:
@@ -241,47 +270,88 @@ class AdaptiveModel(Patches):
 
     def has_room(self, cache: Cache, num_tokens: int = 1) -> bool:
         """Whether so many more tokens of each sequence would fit, with as many leaders given up as that needs."""
-        layers = grouped_layers(cache, self._decoder.num_layers)
+        return self._has_room(cache, num_tokens, self._limits())
+
+    def _has_room(self, cache: Cache, num_tokens: int, limits: tuple[int | None, int | None]) -> bool:
         try:
-            shed(layers, self._ladder, *self.budget.now(), num_tokens)
+            shed(grouped_layers(cache, self._decoder.num_layers), self._ladder, *limits, num_tokens)
         except KVBudgetError:
             return False
         return True
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        budget = self.budget
+        return (budget if self._call_total is None else replace(budget, total=self._call_total)).now()
 
     # generate()
 
     @contextmanager
     def limited(self, kv_budget: Limit | None) -> Iterator[None]:
         """Another budget of the whole batch meanwhile; None changes nothing."""
-        before = self.budget
-        if kv_budget is not None:
-            self.budget = replace(before, total=kv_budget)
-            self.budget.now()
+        before = self._call_total
         try:
+            self._call_total = before if kv_budget is None else kv_budget
+            self._limits()
             yield
         finally:
-            self.budget = before
+            self._call_total = before
 
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(original).parameters)
+        at = names.index("stopping_criteria") if "stopping_criteria" in names else len(names)
+
         def generate(*args: Any, kv_budget: Limit | None = None, **kwargs: Any) -> Any:
+            settings = kwargs.get("generation_config") or getattr(self._decoder.model, "generation_config", None)
+
+            def option(name: str) -> Any:
+                return kwargs[name] if kwargs.get(name) is not None else getattr(settings, name, None)
+
+            for name in _REFUSED:
+                if option(name):
+                    raise PlanError(
+                        f"expected prompts that are read at once and then one token at a time under a router or a KV "
+                        f"budget, got {name}"
+                    )
+            self.ended_for_room, self._granted, self._latest = False, None, lambda: None
+            prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            new = option("max_new_tokens")
+            longest = option("max_length") if new is None or prompt is None else prompt.shape[1] + new
+            last = _OutOfRoom(self, longest, option("eos_token_id"))
+            if len(args) > at:
+                args = (*args[:at], [*(args[at] or []), last], *args[at + 1 :])
+            else:
+                kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or []), last]
             with self.limited(kv_budget):
-                self.ended_for_room = False
-                given = kwargs.pop("stopping_criteria", None) or []
-                return original(*args, stopping_criteria=[*given, _OutOfRoom(self)], **kwargs)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._granted = None
 
         return generate
+
+
+_REFUSED = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+"""Options of `generate()` that feed guesses with the prompt, or only a part of it: a decision would be made on that."""
 
 
 class _OutOfRoom(StoppingCriteria):
     """Ends generation like `max_length` where the budget has no room for one more token, whatever is given up."""
 
-    def __init__(self, handle: AdaptiveModel) -> None:
-        self._handle = handle
+    def __init__(self, handle: AdaptiveModel, longest: int | None, ends: int | list[int] | None) -> None:
+        self._handle, self._longest = handle, longest
+        self._ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.long)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        cache = self._handle._latest()
-        done = cache is not None and not self._handle.has_room(cache)
-        self._handle.ended_for_room |= done
+        handle = self._handle
+        cache = handle._latest()
+        limits = handle._limits()
+        done = cache is not None and not handle._has_room(cache, 1, limits)
+        # the answer holds for the next step, whatever becomes of the budget meanwhile
+        handle._granted = None if done else limits
+        if done:
+            complete = self._longest is not None and input_ids.shape[1] >= self._longest
+            complete |= all(bool(torch.isin(row, self._ends.to(row.device)).any()) for row in input_ids[:, -1:])
+            handle.ended_for_room |= not complete
         return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
 
 

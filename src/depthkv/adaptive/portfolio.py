@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from depthkv.adaptive.features import prompt_features
-from depthkv.adaptive.ladder import Ladder
-from depthkv.adaptive.router import Pair, Prompt, Router
+from depthkv.adaptive.features import NUM_STATISTICS, prompt_features
+from depthkv.adaptive.router import MadeRouter, Pair, Prompt, Router
 from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError, PlanError
 from depthkv.plan import SharingPlan
+from depthkv.sharing import share
 
 _PENALTIES = tuple(10.0**exponent for exponent in range(-1, 6))
 """Of the ridge regression that are tried."""
 
 
-class PortfolioRouter(Router):
+class PortfolioRouter(MadeRouter):
     """Takes the plan with the least `predicted loss + price x retention`.
 
     The prediction is linear in features of the prompt after the layers in which the plans agree: how often the prompt
@@ -46,14 +46,18 @@ class PortfolioRouter(Router):
         kinds: Sequence[LayerKind],
         order: Sequence[int] = (),
     ) -> None:
+        super().__init__(kinds, order, center.numel() - NUM_STATISTICS)
         self.plans, self.weights, self.center, self.scale = tuple(plans), weights, center, scale
         self.price = price
-        self.kinds = tuple(kinds)
-        self.ladder = Ladder(kinds, order)
-        if not plans or weights.shape != (len(plans), len(center) + 1) or scale.shape != center.shape:
+        if (
+            not plans
+            or center.ndim != 1
+            or weights.shape != (len(plans), len(center) + 1)
+            or scale.shape != center.shape
+        ):
             raise PlanError(f"expected weights of {len(plans)} plans and {len(center) + 1} features, got other shapes")
         self.decides_at = decision_layer(plans)
-        self._bytes = torch.tensor([plan.retention for plan in plans], dtype=torch.float64)
+        self._retentions = torch.tensor([plan.retention for plan in plans], dtype=torch.float64)
 
     def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
         if layer < self.decides_at:
@@ -71,13 +75,7 @@ class PortfolioRouter(Router):
 
     def choose(self, features: torch.Tensor) -> int:
         """Index of the plan for features `[features - 1]`."""
-        return int((self.predicted(features) + self.price * self._bytes).argmin())
-
-    def check(self, kinds: Sequence[LayerKind]) -> None:
-        if tuple(kinds) != self.kinds:
-            raise PlanError(
-                f"expected a model with the {len(self.kinds)} layers that the router was made for, got other layers"
-            )
+        return int((self.predicted(features) + self.price * self._retentions).argmin())
 
 
 def decision_layer(plans: Sequence[SharingPlan]) -> int:
@@ -176,7 +174,6 @@ def portfolio_features(
 ) -> torch.Tensor:
     """Features of each prompt where the plans part, `[prompts, features]`."""
     from depthkv.architectures import layer_kinds
-    from depthkv.sharing import share
 
     collector = _Collector(plans, layer_kinds(model.config))
     device = model.get_input_embeddings().weight.device

@@ -60,7 +60,8 @@ def one_prompt(arguments: dict[str, Any], row: int, start: int, cache: Cache | N
         if name == "past_key_values":
             value = cache
         elif name == "attention_mask":
-            value = None
+            # ones, not None: positions that start anew would be taken for packed sequences without a mask
+            value = None if value is None else value[row : row + 1, start:]
         elif name == "cache_position" and isinstance(value, torch.Tensor):
             value = value[: tokens - start]
         elif isinstance(value, torch.Tensor):
@@ -75,34 +76,44 @@ def one_prompt(arguments: dict[str, Any], row: int, start: int, cache: Cache | N
     return found
 
 
+def without_cache(output: Any) -> Any:
+    """The decoder's output, holding no cache alive."""
+    if isinstance(output, tuple):
+        return tuple(_NO_CACHE if isinstance(value, Cache) else value for value in output)
+    if output.get("past_key_values") is not None:
+        output["past_key_values"] = _NO_CACHE
+    return output
+
+
+_NO_CACHE = object()
+"""Where the cache of one sequence was, and that of the batch will be."""
+
+
 def join_outputs(outputs: Sequence[Any], starts: Sequence[int], tokens: int, cache: Cache | None) -> Any:
     """The decoder's output for the batch; hidden states of padding are zeros.
 
     Raises:
-        PlanError: attention maps were asked for.
+        PlanError: something else than hidden states was asked for, such as attention maps.
     """
     first = outputs[0]
     if isinstance(first, tuple):
-        return tuple(_joined([output[i] for output in outputs], starts, tokens, cache) for i in range(len(first)))
+        parts = [[output[i] for output in outputs] for i in range(len(first))]
+        return tuple(_joined(part, f"output {i}", starts, tokens, cache) for i, part in enumerate(parts))
+    names = list(first.keys())
     return type(first)(
-        **{
-            name: cache
-            if name == "past_key_values"
-            else _joined([output[name] for output in outputs], starts, tokens, cache)
-            for name in first.keys()
-        }
+        **{name: _joined([output[name] for output in outputs], name, starts, tokens, cache) for name in names}
     )
 
 
-def _joined(values: list[Any], starts: Sequence[int], tokens: int, cache: Cache | None) -> Any:
+def _joined(values: list[Any], name: str, starts: Sequence[int], tokens: int, cache: Cache | None) -> Any:
     first = values[0]
-    if first is None or isinstance(first, Cache):
+    if first is None or first is _NO_CACHE:
         return None if first is None else cache
     if isinstance(first, tuple):
-        return tuple(_joined([value[i] for value in values], starts, tokens, cache) for i in range(len(first)))
+        return tuple(_joined([value[i] for value in values], name, starts, tokens, cache) for i in range(len(first)))
     if not isinstance(first, torch.Tensor) or first.ndim != 3:
         raise PlanError(
-            "expected hidden states alone to be asked for in a batch under adaptive sharing, got attention maps, too"
+            f"expected hidden states alone to be asked for in a batch under adaptive sharing, got {name}, too"
         )
     whole = first.new_zeros(len(values), tokens, first.shape[-1])
     for row, (value, start) in enumerate(zip(values, starts, strict=True)):

@@ -77,8 +77,29 @@ class Router(ABC):
             own: the layer's own pair; None where `needs_kv` is False.
         """
 
-    def check(self, kinds: Sequence[LayerKind]) -> None:  # noqa: B027 most routers fit any model
-        """Raise `PlanError` unless the router was made for layers of these kinds."""
+    def check(self, kinds: Sequence[LayerKind], hidden_size: int) -> None:  # noqa: B027 most routers fit any model
+        """Raise `PlanError` unless the router was made for such a model."""
+
+
+class MadeRouter(Router):
+    """A router that was made for one model.
+
+    Args:
+        kinds: of its layers.
+        order: for giving up leaders, see `Ladder`.
+        hidden_size: of the hidden states that it looks at; None where it looks at none.
+    """
+
+    def __init__(self, kinds: Sequence[LayerKind], order: Sequence[int], hidden_size: int | None = None) -> None:
+        self.kinds = tuple(kinds)
+        self.hidden_size = hidden_size
+        self.ladder: Ladder = Ladder(kinds, order)
+
+    def check(self, kinds: Sequence[LayerKind], hidden_size: int) -> None:
+        if tuple(kinds) != self.kinds or self.hidden_size not in (None, hidden_size):
+            raise PlanError(
+                f"expected a model with the {len(self.kinds)} layers that the router was made for, got other layers"
+            )
 
 
 class FixedRouter(Router):
@@ -96,6 +117,6 @@ class FixedRouter(Router):
     def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
         return self.sources[layer]
 
-    def check(self, kinds: Sequence[LayerKind]) -> None:
+    def check(self, kinds: Sequence[LayerKind], hidden_size: int) -> None:
         if len(self.sources) != len(kinds):
             raise PlanError(f"expected a plan for {len(kinds)} layers, got one for {len(self.sources)}")

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from depthkv.adaptive.ladder import Ladder
-from depthkv.adaptive.router import Pair, Prompt, Router
+from depthkv.adaptive.router import MadeRouter, Pair, Prompt
 from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError, PlanError
+from depthkv.sharing import share
 
 POSITIONS = 64
 """Positions of the prompt that are compared."""
@@ -25,15 +25,25 @@ def kv_distance(own: Pair, other: Pair, positions: torch.Tensor) -> torch.Tensor
 
     Both have the same rotation at each position, so that the rotary embedding does not count.
     """
-    at = positions.to(own[0].device)
+    mine, theirs = _sampled(own, positions), _sampled(other, positions)
+    return _distances(mine, (theirs[0].to(mine[0].device)[None], theirs[1].to(mine[1].device)[None]))[0]
+
+
+def _sampled(pair: Pair, positions: torch.Tensor) -> Pair:
+    at = positions.to(pair[0].device)
+    return pair[0][:, at].float(), pair[1][:, positions.to(pair[1].device)].float()
+
+
+def _distances(own: Pair, others: Pair) -> torch.Tensor:
+    """`[leaders]`, of pairs of sampled positions, those of `others` with a dimension for the leaders in front."""
     parts = []
-    for mine, theirs in zip(own, other, strict=True):
-        mine, theirs = mine[:, at].float(), theirs[:, at].to(mine.device).float()
-        parts.append((mine - theirs).square().sum() / mine.square().sum().clamp(min=1e-12))
+    for mine, theirs in zip(own, others, strict=True):
+        squares = (theirs - mine).square().flatten(1).sum(dim=1)
+        parts.append(squares / mine.square().sum().clamp(min=1e-12))
     return parts[0] + parts[1]
 
 
-class SimilarityRouter(Router):
+class SimilarityRouter(MadeRouter):
     """Joins the leader with the least `weights[layer, leader] x kv_distance`, where that is at most the threshold.
 
     Args:
@@ -46,10 +56,9 @@ class SimilarityRouter(Router):
     def __init__(
         self, weights: torch.Tensor, threshold: float, kinds: Sequence[LayerKind], order: Sequence[int] = ()
     ) -> None:
+        super().__init__(kinds, order)
         self.weights = weights.double().cpu()
         self.threshold = threshold
-        self.kinds = tuple(kinds)
-        self.ladder = Ladder(kinds, order)
         if self.weights.shape != (len(kinds), len(kinds)):
             raise PlanError(f"expected weights for {len(kinds)} layers, got shape {list(weights.shape)}")
 
@@ -57,16 +66,17 @@ class SimilarityRouter(Router):
         assert own is not None
         leaders = prompt.leaders(layer)
         positions = prompt.positions(POSITIONS)
-        distances = torch.stack([kv_distance(own, prompt.pairs[i], positions) for i in leaders])
+        samples: dict[int, Pair] = prompt.notes.setdefault("samples", {})
+        for leader in leaders:
+            if leader not in samples:
+                samples[leader] = _sampled(prompt.pairs[leader], positions)
+        mine = _sampled(own, positions)
+        theirs = [torch.stack([samples[i][side].to(mine[side].device) for i in leaders]) for side in (0, 1)]
+        # one difference of all leaders at once: many small ones would take longer than the layer
+        distances = _distances(mine, (theirs[0], theirs[1]))
         prices = distances.double().cpu() * self.weights[layer, leaders]
         best = int(prices.argmin())
         return leaders[best] if prices[best] <= self.threshold or not prompt.may_lead else layer
-
-    def check(self, kinds: Sequence[LayerKind]) -> None:
-        if tuple(kinds) != self.kinds:
-            raise PlanError(
-                f"expected a model with the {len(self.kinds)} layers that the router was made for, got other layers"
-            )
 
 
 def similarity_weights(distances: torch.Tensor, cost: torch.Tensor | None) -> torch.Tensor:
@@ -110,7 +120,6 @@ def similarity_router(
     """
     from depthkv.architectures import layer_kinds
     from depthkv.calibrate.probe import Probe
-    from depthkv.sharing import share
 
     if not prompts or not 0 < retention <= 1:
         raise DepthKVError(

@@ -90,6 +90,8 @@ class PromptStep:
 
     def _decide(self, layer: int, source: int) -> None:
         leaders = self.prompt.leaders(layer)
+        if isinstance(source, bool):
+            raise PlanError(f"expected {type(self.router).__name__} to answer with a layer, got {source}")
         if source == layer and leaders and self.fixed is None and not self.prompt.may_lead:
             self.had_no_room, source = True, leaders[-1]
         elif self.had_no_room and 0 <= source < layer:
@@ -142,8 +144,8 @@ class TokenStep:
             for source in sources:
                 rows = [row for row, read in enumerate(entry.sources) if read == source]
                 kept = self.rows[source]
-                places = torch.tensor([kept.index(row) for row in rows], device=first.device)
                 part = self.pairs[source][side]
+                places = torch.tensor([kept.index(row) for row in rows], device=part.device)
                 part = part if len(rows) == len(kept) else part[places]
                 whole[torch.tensor(rows, device=device)] = part.to(device)
             mixed.append(whole)

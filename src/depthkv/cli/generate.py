@@ -93,14 +93,12 @@ def generate_command(
         with naming(model):
             how = _similarity(loaded, tokenizer, config, retention)
     torch.manual_seed(seed)
-    settings = _generation_settings(loaded, tokenizer, temperature)
+    settings = _generation_settings(loaded, tokenizer, temperature, max_new_tokens)
     steps: list[StepReport] = []
     with naming(model), share(loaded, how, kv_budget=budget) as handle, waiting("writing"):
         if isinstance(handle, AdaptiveModel):
             handle.on_step = steps.append
-        result: Any = loaded.generate(
-            **encoded, generation_config=settings, max_new_tokens=max_new_tokens, return_dict_in_generate=True
-        )
+        result: Any = loaded.generate(**encoded, generation_config=settings)
     written = [_written(row[longest:].tolist(), tokenizer, settings) for row in result.sequences]
     maps = steps[0].maps if steps else [how.kv_source_layers] * len(prompt)  # type: ignore[union-attr]
     sequences = [
@@ -201,9 +199,13 @@ def _listed(counts: list[int]) -> str:
     return " and ".join(map(str, counts)) if len(set(counts)) > 1 else str(counts[0])
 
 
-def _generation_settings(model: Any, tokenizer: Any, temperature: float) -> Any:
-    """The checkpoint's own settings, made greedy or set to the temperature."""
+def _generation_settings(model: Any, tokenizer: Any, temperature: float, max_new_tokens: int) -> Any:
+    """The checkpoint's own settings, made greedy or set to the temperature: one text for each prompt."""
     settings = copy.deepcopy(model.generation_config)
+    settings.max_new_tokens, settings.max_length = max_new_tokens, None
+    settings.return_dict_in_generate = settings.use_cache = True
+    settings.num_beams = settings.num_return_sequences = 1
+    settings.cache_implementation = settings.prefill_chunk_size = settings.prompt_lookup_num_tokens = None
     settings.do_sample = temperature > 0
     settings.temperature = temperature if temperature > 0 else None
     if not settings.do_sample:
