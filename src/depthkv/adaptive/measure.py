@@ -110,7 +110,8 @@ def _load(path: str | os.PathLike[str], key: str, num_blocks: int) -> dict[str, 
         )
         found = data["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DepthKVError(f"{path}: expected losses of plans, got {error or type(error).__name__}") from error
+        got = f"a damaged file ({type(error).__name__}: {error})"
+        raise DepthKVError(f"{path}: expected losses of plans, got {got}") from error
     if not known or found != key or not numbers:
         raise DepthKVError(
             f"{path}: expected losses of this model on this text, in this dtype and with prompts of this length, got "
