@@ -19,6 +19,7 @@ from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, progress_bar, show, waiting, write_json
 from depthkv.data import resolve_data, token_blocks
 from depthkv.errors import DepthKVError
+from depthkv.evaluate.perplexity import spread
 from depthkv.machine import environment
 from depthkv.memory import cache_bytes, format_bytes, measured_cache_bytes, parse_bytes
 from depthkv.plan import SharingPlan
@@ -26,8 +27,8 @@ from depthkv.sharing import share
 
 FORMAT, VERSION = "depthkv-generation", 1
 
-_CALIBRATION = (8, 128)
-"""Prompts, and tokens of each, that the threshold of --adaptive is found on: seconds on a CPU."""
+_CALIBRATION = (12, 128)
+"""Prompts, and tokens of each at most, that the threshold of --adaptive is found on: seconds on a CPU."""
 
 
 def generate_command(
@@ -91,7 +92,7 @@ def generate_command(
     if adaptive:
         assert retention is not None
         with naming(model):
-            how = _similarity(loaded, tokenizer, config, retention)
+            how = _similarity(loaded, tokenizer, config, retention, round(sum(prompt_tokens) / len(prompt_tokens)))
     torch.manual_seed(seed)
     settings = _generation_settings(loaded, tokenizer, temperature, max_new_tokens)
     steps: list[StepReport] = []
@@ -161,11 +162,13 @@ def _encode(tokenizer: Any, prompts: list[str]) -> Any:
     return tokenizer(prompts, return_tensors="pt", return_token_type_ids=False, padding=True)
 
 
-def _similarity(model: Any, tokenizer: Any, config: Any, retention: float) -> Router:
-    """A router for the mean retention on text of the package's own."""
-    number, tokens = _CALIBRATION
-    tokens = min(tokens, max_positions(config) or tokens)
-    blocks = token_blocks(resolve_data("builtin:fallback"), tokenizer, tokens)[:number]
+def _similarity(model: Any, tokenizer: Any, config: Any, retention: float, prompt_tokens: int) -> Router:
+    """A router for the mean retention on text of the package's own, in prompts about as long as the given ones."""
+    number, most = _CALIBRATION
+    # layers of a short prompt are farther apart than those of a long one
+    tokens = max(2, min(most, max_positions(config) or most, prompt_tokens))
+    blocks = token_blocks(resolve_data("builtin:fallback"), tokenizer, tokens)
+    blocks = blocks[spread(len(blocks), min(number, len(blocks)))]
     with progress_bar("finding the threshold", passes(len(blocks))) as advance:
         return similarity_router(model, list(blocks), retention, advance=advance)
 
