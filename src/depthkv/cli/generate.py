@@ -168,9 +168,9 @@ def _similarity(model: Any, tokenizer: Any, config: Any, retention: float, promp
     # layers of a short prompt are farther apart than those of a long one
     tokens = max(2, min(most, max_positions(config) or most, prompt_tokens))
     blocks = token_blocks(resolve_data("builtin:fallback"), tokenizer, tokens)
-    blocks = blocks[spread(len(blocks), min(number, len(blocks)))]
-    with progress_bar("finding the threshold", passes(len(blocks))) as advance:
-        return similarity_router(model, list(blocks), retention, advance=advance)
+    chosen = list(blocks[spread(len(blocks), min(number, len(blocks)))])
+    with progress_bar("finding the threshold", passes(len(chosen))) as advance:
+        return similarity_router(model, chosen, retention, advance=advance)
 
 
 def _written(tokens: list[int], tokenizer: Any, settings: Any) -> list[int]:
