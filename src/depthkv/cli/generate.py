@@ -42,7 +42,7 @@ def generate_command(
     adaptive: Annotated[
         bool,
         typer.Option(
-            "--adaptive", help="Choose the layers for each prompt by similarity; --retention is then the mean."
+            "--adaptive", help="Choose the layers for each prompt by similarity, for a mean of about --retention."
         ),
     ] = False,
     router: Annotated[
@@ -142,16 +142,16 @@ def generate_command(
         ],
     }
     write_json(json_file, figures)
-    _show(figures)
+    _show(figures, retention if adaptive else None)
 
 
 def _refuse_several(plan: Path | None, retention: float | None, adaptive: bool, router: Path | None) -> None:
-    inputs.refuse_both(plan, retention)
-    if adaptive and retention is None:
-        raise DepthKVError("expected --retention with --adaptive, got none")
     if router is not None and (plan or adaptive or retention is not None):
         other = "--plan" if plan else "--adaptive" if adaptive else "--retention"
         raise DepthKVError(f"expected --router or {other}, got both")
+    inputs.refuse_both(plan, retention)
+    if adaptive and retention is None:
+        raise DepthKVError("expected --retention with --adaptive, got none")
 
 
 def _encode(tokenizer: Any, prompts: list[str]) -> Any:
@@ -181,7 +181,7 @@ def _written(tokens: list[int], tokenizer: Any, settings: Any) -> list[int]:
     return tokens[: at + 1]
 
 
-def _show(figures: dict[str, Any]) -> None:
+def _show(figures: dict[str, Any], asked: float | None) -> None:
     out = console()
     # soft_wrap: text is for reading or for a pipe, its lines are its own
     for entry in figures["sequences"]:
@@ -190,7 +190,12 @@ def _show(figures: dict[str, Any]) -> None:
     saved = "" if held == full else f", {full / held:.2f} times smaller than {format_bytes(full)} with every layer's"
     kept = _listed([len(entry["leaders"]) for entry in figures["sequences"]])
     tokens = " and ".join(f"{entry['prompt_tokens']} + {entry['new_tokens']}" for entry in figures["sequences"])
-    out.print(f"{tokens} tokens; cache {format_bytes(held)}{saved}; {kept} of {layers} layers keep one", style="dim")
+    out.print(
+        f"{tokens} tokens; largest cache {format_bytes(held)}{saved}; {kept} of {layers} layers keep one", style="dim"
+    )
+    if asked is not None and abs(figures["retention"] - asked) > 0.05:
+        got = f"{figures['retention']:.0%} of the layers, {asked:.0%} was asked for"
+        out.print(f"{got}: the threshold was found on other text; make a router on your own (depthkv router)")
     if (steps := figures["steps"]) and steps[0]["leaders"] != steps[-1]["leaders"]:
         in_the_end, budget = _listed(steps[-1]["leaders"]), format_bytes(figures["kv_budget"] or 0)
         out.print(f"{in_the_end} in the end, to stay within {budget}", style="dim")

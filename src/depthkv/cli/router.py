@@ -142,6 +142,7 @@ def router_command(
         "retention": retention,
         "held_out_retention": statistics.fmean(kept) / len(kinds),
         "prompt_tokens": prompt,
+        "blocks": len(training),
         "block_size": block_size,
         "static": {
             "kv_source_layers": list(static.kv_source_layers),
@@ -177,8 +178,18 @@ def _show(
     ]
     names = ["the layers are chosen by", "layers kept", "held-out loss", "against one plan [95 %]"]
     printed.print(table(names, rows, "Loss of what follows the prompts, nats per token"))
+    used = dict.fromkeys(entry["document"] for entry in figures["inputs"])
+    printed.print(
+        f"Made on {figures['blocks']} blocks, compared on {len(kept)} of {len(used)} document"
+        f"{'s' * (len(used) != 1)}: {', '.join(used)}"
+        + ("" if len(used) > 1 else "; from one document no interval can be told"),
+        markup=False,
+        soft_wrap=True,
+    )
     if found.difference is not None and found.difference >= 0:
-        printed.print("On this text the router is no better than its best plan: use that one", soft_wrap=True)
+        printed.print(
+            "On these blocks the router is no better than the one plan, which stands in --json", soft_wrap=True
+        )
     printed.print(f"{out}: for depthkv generate --router", markup=False, soft_wrap=True)
 
 
