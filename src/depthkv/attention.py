@@ -50,6 +50,8 @@ class Step:
         self.num_last_positions: int | None = None
         """Layers above the last leader run for so many last positions only; None = all."""
         self.tail_inputs: dict[str, Any] = {}
+        self.observed: dict[int, bool] = {}
+        """Leaders whose readers tell what they attend to (`depthkv.compress`)."""
 
 
 class Context:

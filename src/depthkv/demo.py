@@ -25,10 +25,11 @@ from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.files import write_text
 from depthkv.memory import format_bytes, measured_cache_bytes
+from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.samplers import default_sampler
-from depthkv.sharing import ADAPTER_SWITCH, share
+from depthkv.sharing import share
 
 BUILTIN = "builtin:smollm2-135m"
 ADAPTER = BUILTIN_ADAPTERS[0]

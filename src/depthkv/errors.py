@@ -27,3 +27,7 @@ class DataError(DepthKVError):
 
 class KVBudgetError(DepthKVError):
     """A cache that cannot be made small enough for its budget."""
+
+
+class RecipeError(DepthKVError):
+    """A cache recipe, or the file that it was read from, is invalid or cannot be used on the model."""

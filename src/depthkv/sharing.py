@@ -7,21 +7,20 @@ From here the next hop is `attention.LayerCache.update`, where a follower reads 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial, update_wrapper
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
+from transformers import Cache
 
-from depthkv import attention, prefill
-from depthkv.architectures import LayerKind, text_config
-from depthkv.attention import Context, Step
+from depthkv import attention
+from depthkv.architectures import LayerKind
+from depthkv.attention import Step
 from depthkv.cache import fit_cache
 from depthkv.checkpointing import is_checkpointed, refuse_reentrant_checkpointing, run_step
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import PlanError
+from depthkv.patches import Patches, adapter_switch, guarded, patch_layers, patch_tail
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
 
@@ -29,98 +28,8 @@ if TYPE_CHECKING:
     from depthkv.adaptive.budget import Limit
     from depthkv.adaptive.model import AdaptiveModel
     from depthkv.adaptive.router import Router
-
-_ACTIVE = "_depthkv_patches"
-"""Attribute of a shared or routed decoder that holds its `Patches`."""
-
-ADAPTER_SWITCH = "_depthkv_adapter_switch"
-"""Attribute of a model whose adapter belongs to sharing: called with True when sharing begins and False at its end."""
-
-_Self = TypeVar("_Self", bound="Patches")
-
-
-class Patches:
-    """Instance-level replacements of methods that can be taken back exactly; usable as a context manager."""
-
-    def __init__(self, decoder: Decoder, switch: Callable[[bool], None] | None = None) -> None:
-        self._decoder = decoder
-        self._saved: list[tuple[nn.Module, str, bool, Any]] = []
-        self._switch = switch
-        """Turns an adapter on or off that belongs to sharing (`depthkv.adapt.adapters`)."""
-        self._context = Context()
-        self._is_suspended = False
-        self._activate()
-
-    def _activate(self) -> None:
-        decoder = self._decoder
-        active = getattr(decoder.module, _ACTIVE, None)
-        if active is not None:
-            what = "routed" if isinstance(active, Routing) else "shared"
-            raise PlanError(f"expected a model that is neither shared nor routed, got one that is {what} already")
-        if self._switch is not None:
-            self._switch(True)
-        setattr(decoder.module, _ACTIVE, self)
-        self._context.in_force = True
-
-    def _replace(self, module: nn.Module, name: str, wrap: Callable[[Any], Any]) -> None:
-        # accelerate keeps its hooks in an instance's `forward`, too: whatever is there is called and put back
-        had = name in module.__dict__
-        original = getattr(module, name)
-        self._saved.append((module, name, had, original))
-        # generate() asks for the forward's signature to know what it may pass
-        setattr(module, name, update_wrapper(wrap(original), original))
-
-    def _apply(self) -> None:
-        """Put the replacements in place, after `_activate`."""
-        raise NotImplementedError
-
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """The model exactly as it was before, so that it can be shared in another way and measured in between.
-
-        Does nothing where it is suspended or removed already.
-        """
-        if not self._context.in_force:
-            yield
-            return
-        self.remove()
-        self._is_suspended = True
-        try:
-            yield
-        finally:
-            if self._is_suspended:  # not removed meanwhile
-                self._is_suspended = False
-                self._activate()
-                _guarded(self, self._apply)
-
-    def remove(self) -> None:
-        """Restore the model exactly; calling it again does nothing, and ends a suspension for good."""
-        self._is_suspended = False
-        while self._saved:
-            module, name, had, original = self._saved.pop()
-            if had:
-                setattr(module, name, original)
-            else:
-                delattr(module, name)
-        if self._context.in_force:
-            self._context.in_force = False
-            delattr(self._decoder.module, _ACTIVE)
-            if self._switch is not None:
-                self._switch(False)
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        # a copy of the model would keep calling the original's layers
-        raise PlanError(
-            "expected a model that is not shared or routed to copy or pickle, got one that is; remove() first"
-        )
-
-    def __enter__(self: _Self) -> _Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
+    from depthkv.compress.model import CompressedModel
+    from depthkv.compress.recipe import CacheRecipe
 
 
 class SharedModel(Patches):
@@ -132,30 +41,31 @@ class SharedModel(Patches):
         self.plan = plan
         """The plan in force."""
         self._own_switch = switch
-        _guarded(self, self._apply)
+        guarded(self, self._apply)
 
     def _apply(self) -> None:
         plan, decoder, context = self.plan, self._decoder, self._context
         if callable(getattr(decoder.model, "generate", None)):
             self._replace(decoder.model, "generate", self._wrap_generate)
         refuse_reentrant_checkpointing(decoder)
-        involved = {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
-        _patch_layers(self, context, involved, set(plan.followers))
-        tail = _patch_tail(self, context, plan)
+        patch_layers(self, context, self._involved(), set(plan.followers), self._attend())
+        tail = patch_tail(self, context, plan)
         signature = inspect.signature(decoder.module.forward)
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 bound = signature.bind(*args, **kwargs).arguments
                 cache = bound.get("past_key_values")
+                if cache is None and (cache := self._cache_for(bound)) is not None:
+                    kwargs["past_key_values"] = cache
                 if cache is not None:
-                    fit_cache(cache, plan)
+                    self._fit(cache)
                 step = Step(plan.kv_source_layers, keep_pairs=is_checkpointed(decoder))
-                step.num_last_positions = tail.positions_needed()
+                step.num_last_positions = self._last_positions(tail.positions_needed(), cache, bound)
                 output = run_step(context, step, decoder, original, args, kwargs)
                 made = getattr(output, "past_key_values", None)
                 if made is not None:
-                    fit_cache(made, plan)
+                    self._fit(made)
                 return output
 
             return forward
@@ -166,6 +76,32 @@ class SharedModel(Patches):
             if hasattr(module, "_get_static_cache_init_shape"):
                 self._replace(module, "_get_static_cache_init_shape", _wait_for_first_forward)
 
+    # What a recipe does otherwise
+
+    def _involved(self) -> set[int]:
+        """Layers whose attention is patched."""
+        plan = self.plan
+        return {layer for follower in plan.followers for layer in (follower, plan.kv_source_layers[follower])}
+
+    def _attend(self) -> Callable[..., Callable[..., Any]]:
+        """What wraps the forward of an attention module."""
+        return attention.attention_forward
+
+    def _fit(self, cache: Cache) -> None:
+        """Make a cache one of the plan."""
+        fit_cache(cache, self.plan)
+
+    def _cache_for(self, arguments: dict[str, Any]) -> Cache | None:
+        """A cache for a forward that was given none; None leaves it to the model."""
+        return None
+
+    def _last_positions(self, needed: int | None, cache: Cache | None, arguments: dict[str, Any]) -> int | None:
+        """For how many last positions layers above the last leader run, where the head needs so many."""
+        return needed
+
+    def _refuse_budget(self) -> None:
+        """Raise where a budget cannot be added to what is in force."""
+
     def _wrap_generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(*args: Any, kv_budget: Limit | None = None, **kwargs: Any) -> Any:
             if kv_budget is None:
@@ -175,6 +111,7 @@ class SharedModel(Patches):
 
             if not self._context.in_force:
                 raise PlanError("expected a model that is shared, got kv_budget after remove()")
+            self._refuse_budget()
             # the plan is only where the call begins
             budget = KVBudget(total=kv_budget)
             with self.suspended(), AdaptiveModel.under(self._decoder, self.plan, budget, self._own_switch):
@@ -186,11 +123,13 @@ class SharedModel(Patches):
 class Routing(Patches):
     """Handle that `route` returns: a fresh map for every forward of the model."""
 
+    done = "routed"
+
     def __init__(
         self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool, only_in_training: bool
     ) -> None:
         decoder = find_decoder(model)
-        super().__init__(decoder, _adapter_switch(model))
+        super().__init__(decoder, adapter_switch(model))
         self.only_in_training = only_in_training
         self.sampler = sampler
         self.step = step
@@ -200,13 +139,13 @@ class Routing(Patches):
         self.last_maps = [self.last_plan]
         """The same for each sequence of the batch, where the sampler draws one for each; otherwise one map."""
         self.skip_unread = skip_unread
-        _guarded(self, self._apply)
+        guarded(self, self._apply)
 
     def _apply(self) -> None:
         decoder, context = self._decoder, self._context
         refuse_reentrant_checkpointing(decoder)
         everyone = set(range(decoder.num_layers))
-        _patch_layers(self, context, everyone, everyone)
+        patch_layers(self, context, everyone, everyone)
         signature = inspect.signature(decoder.module.forward)
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,6 +200,10 @@ def share(model: nn.Module, plan: SharingPlan) -> SharedModel: ...
 
 
 @overload
+def share(model: nn.Module, plan: CacheRecipe) -> CompressedModel: ...
+
+
+@overload
 def share(
     model: nn.Module,
     plan: Router,
@@ -273,7 +216,7 @@ def share(
 @overload
 def share(
     model: nn.Module,
-    plan: SharingPlan | Router,
+    plan: SharingPlan | CacheRecipe | Router,
     *,
     kv_budget: Limit | None = None,
     sequence_kv_budget: Limit | None = None,
@@ -282,7 +225,7 @@ def share(
 
 def share(
     model: nn.Module,
-    plan: SharingPlan | Router,
+    plan: SharingPlan | CacheRecipe | Router,
     *,
     kv_budget: Limit | None = None,
     sequence_kv_budget: Limit | None = None,
@@ -293,6 +236,9 @@ def share(
     positions only whose logits were asked for (`logits_to_keep`, as `generate()` does in prefill). Exact: the logits
     are those of the same plan with everything computed.
 
+    A recipe is a plan whose leaders keep their caches in few bits, or few tokens of them, see docs/how-to/compose.md. What
+    a single forward computes is that of its plan: a recipe acts on what later forwards read from the cache.
+
     A router chooses the plan of each sequence while its prompt is read. With a budget, leaders are given up while the
     cache grows: what they kept is freed, their readers go on with another leader. Both are for inference, with
     transformers' dynamic caches; see docs/how-to/adaptive.md. Inside the block `model.generate(..., kv_budget="64MiB")`
@@ -300,7 +246,8 @@ def share(
 
     Args:
         model: a decoder-only model of transformers (bare, with a head, wrapped by PEFT, or split by accelerate).
-        plan: as many layers as the model has; only layers of one kind may share. Or a router.
+        plan: as many layers as the model has; only layers of one kind may share. Or a recipe
+            around one, or a router.
         kv_budget: most bytes of the cache of a batch: a number, text such as "64MiB", or a function that is asked
             before every step.
         sequence_kv_budget: the same for each sequence.
@@ -317,11 +264,19 @@ def share(
     from depthkv.adaptive.budget import KVBudget
     from depthkv.adaptive.model import AdaptiveModel
     from depthkv.adaptive.router import Router
+    from depthkv.compress.model import CompressedModel
+    from depthkv.compress.recipe import CacheRecipe
 
-    if not isinstance(plan, (SharingPlan, Router)):
-        raise PlanError(f"expected a SharingPlan or a Router, got {type(plan).__name__}")
-    decoder, switch = find_decoder(model), _adapter_switch(model)
+    if not isinstance(plan, (SharingPlan, CacheRecipe, Router)):
+        raise PlanError(f"expected a SharingPlan, a CacheRecipe or a Router, got {type(plan).__name__}")
+    decoder, switch = find_decoder(model), adapter_switch(model)
     budget = KVBudget(total=kv_budget, sequence=sequence_kv_budget)
+    if isinstance(plan, CacheRecipe):
+        if budget.total is not None or budget.sequence is not None:
+            raise PlanError(
+                "expected a plan or a router with a KV budget, got a recipe, which says itself what is kept"
+            )
+        return CompressedModel(decoder, plan, switch)
     if isinstance(plan, Router):
         return AdaptiveModel(decoder, plan, budget, switch)
     if budget.total is None and budget.sequence is None:
@@ -384,63 +339,3 @@ def _check_kinds(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None
 
 def _wait_for_first_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: None
-
-
-def _adapter_switch(model: nn.Module) -> Callable[[bool], None] | None:
-    """The switch of the model itself or of one inside it, below a wrapper."""
-    for module in model.modules():
-        if ADAPTER_SWITCH in module.__dict__:
-            switch: Callable[[bool], None] = module.__dict__[ADAPTER_SWITCH]
-            return switch
-    return None
-
-
-def _guarded(patches: Patches, apply: Callable[[], None]) -> None:
-    try:
-        apply()
-    except BaseException:
-        patches.remove()
-        raise
-
-
-def _patch_tail(patches: Patches, context: Context, plan: SharingPlan) -> prefill.Tail:
-    """Patch the layers above the last leader, where the model's head can say which positions it needs."""
-    decoder = patches._decoder
-    tail = prefill.Tail(context, decoder, plan)
-    head = decoder.head_with_logits_to_keep() if tail.layers else None
-    if head is not None:
-        patches._replace(head, "forward", tail.wrap_head)
-        for layer in tail.layers:
-            patches._replace(decoder.layers[layer], "forward", partial(tail.wrap_layer, layer))
-    return tail
-
-
-def _patch_layers(
-    patches: Patches,
-    context: Context,
-    attending: set[int],
-    skipping: set[int],
-    attend: Callable[..., Callable[..., Any]] = attention.attention_forward,
-) -> None:
-    """Patch the attention of layers in `attending`, and the K and V projections of those in `skipping`."""
-    decoder = patches._decoder
-    family = decoder.family
-    for layer in sorted(attending):
-        module = decoder.attention(layer)
-        patches._replace(module, "forward", partial(attend, context, layer, family.cache_argument))
-        if layer not in skipping:
-            continue
-        kind = decoder.kinds[layer]
-        if family.fused is not None:
-            fused = getattr(module, family.fused)
-            heads = text_config(decoder.config).num_attention_heads
-            layout = attention.FusedLayout(projection=fused, family=family, num_heads=heads, head_dim=kind.head_dim)
-            patches._replace(fused, "forward", partial(attention.fused_forward, context, layer, layout))
-        else:
-            width = kind.kv_heads * kind.head_dim
-            for name in (family.k_proj, family.v_proj):
-                projection = getattr(module, name)
-                patches._replace(projection, "forward", partial(attention.projection_forward, context, layer, width))
-        norm = getattr(module, family.k_norm, None) if family.k_norm else None
-        if isinstance(norm, nn.Module):
-            patches._replace(norm, "forward", partial(attention.norm_forward, context, layer))

@@ -16,7 +16,7 @@ from torch import nn
 
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import CheckpointError, DepthKVError
-from depthkv.sharing import ADAPTER_SWITCH
+from depthkv.patches import ADAPTER_SWITCH
 
 if TYPE_CHECKING:
     from depthkv.plan import SharingPlan

@@ -11,8 +11,8 @@ from torch import nn
 
 from depthkv.decoder import Decoder
 from depthkv.errors import DepthKVError
+from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
-from depthkv.sharing import ADAPTER_SWITCH
 
 TRAINABLE = ("all", "layers", "attention", "query-output")
 DECAYS = ("cosine", "linear", "constant")

@@ -26,8 +26,8 @@ from depthkv.adapt.terminal import StepInfo, deferred_interrupt, training_bar
 from depthkv.adapt.trainer import RoutingTrainer
 from depthkv.decoder import find_decoder
 from depthkv.errors import DataError, DepthKVError
+from depthkv.patches import ADAPTER_SWITCH
 from depthkv.routing import RandomCrossLayer, Sampler
-from depthkv.sharing import ADAPTER_SWITCH
 
 _UNLIMITED = 2**40
 """Steps of a run that ends by the clock."""

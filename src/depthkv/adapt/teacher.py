@@ -20,8 +20,8 @@ from depthkv.decoder import find_decoder
 from depthkv.errors import CheckpointError, DepthKVError
 from depthkv.files import replacing
 from depthkv.head import plain_head
-from depthkv.sharing import _ACTIVE as ACTIVE
-from depthkv.sharing import ADAPTER_SWITCH, Routing
+from depthkv.patches import ACTIVE, ADAPTER_SWITCH
+from depthkv.sharing import Routing
 
 _CHUNK_ELEMENTS = 2**22
 """Logits of one chunk: 16 MB in fp32, memory that the next chunk gets again instead of fresh pages."""

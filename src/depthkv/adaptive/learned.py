@@ -19,8 +19,9 @@ from depthkv.adaptive.router import MadeRouter, Pair, Prompt
 from depthkv.architectures import LayerKind
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError, PlanError
+from depthkv.patches import Patches, adapter_switch, guarded
 from depthkv.plan import SharingPlan
-from depthkv.sharing import Patches, _adapter_switch, _guarded, check_plan, share
+from depthkv.sharing import check_plan, share
 
 
 class LearnedRouter(MadeRouter):
@@ -74,7 +75,7 @@ class RouterTraining(Patches):
     def __init__(self, model: nn.Module, start: SharingPlan, *, temperature: float = 1.0, seed: int = 0) -> None:
         decoder = find_decoder(model)
         check_plan(start, decoder.kinds)
-        super().__init__(decoder, _adapter_switch(model))
+        super().__init__(decoder, adapter_switch(model))
         self.kinds = decoder.kinds
         width = NUM_STATISTICS + int(decoder.config.get_text_config().hidden_size)
         self.weights = nn.Parameter(torch.zeros(len(self.kinds), width))
@@ -87,7 +88,7 @@ class RouterTraining(Patches):
         self._statistics = torch.zeros(0)
         self._prompt_tokens: int | None = None
         self._current: dict[LayerKind, Pair] = {}
-        _guarded(self, self._apply)
+        guarded(self, self._apply)
 
     def _apply(self) -> None:
         decoder = self._decoder

@@ -21,9 +21,10 @@ from depthkv.adaptive.steps import PromptStep, TokenStep, attention_forward
 from depthkv.decoder import Decoder
 from depthkv.errors import KVBudgetError, PlanError
 from depthkv.memory import measured_cache_bytes
+from depthkv.patches import Patches, guarded, patch_layers, patch_tail
 from depthkv.plan import SharingPlan
 from depthkv.prefill import Tail
-from depthkv.sharing import Patches, _guarded, _patch_layers, _patch_tail, check_plan
+from depthkv.sharing import check_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class AdaptiveModel(Patches):
         self._granted: tuple[int | None, int | None] | None = None
         """Limits under which `generate()` was told that there is room for the next token."""
         self._latest: Callable[[], Cache | None] = lambda: None
-        _guarded(self, self._apply)
+        guarded(self, self._apply)
 
     @classmethod
     def under(
@@ -86,9 +87,9 @@ class AdaptiveModel(Patches):
     def _apply(self) -> None:
         decoder, context = self._decoder, self._context
         everyone = set(range(decoder.num_layers))
-        _patch_layers(self, context, everyone, everyone, attention_forward)
+        patch_layers(self, context, everyone, everyone, attention_forward)
         if isinstance(self.router, FixedRouter):  # what a sequence gives up only lengthens the tail
-            self._tail = _patch_tail(self, context, SharingPlan(self.router.sources))
+            self._tail = patch_tail(self, context, SharingPlan(self.router.sources))
         self._replace(decoder.module, "forward", self._wrap_decoder)
         if callable(getattr(decoder.model, "generate", None)):
             self._replace(decoder.model, "generate", self._wrap_generate)

@@ -17,7 +17,7 @@ from torch import nn
 
 from depthkv.attention import Pair, Step
 from depthkv.decoder import find_decoder
-from depthkv.sharing import Patches, _adapter_switch, _guarded, _patch_layers
+from depthkv.patches import Patches, adapter_switch, guarded, patch_layers
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class Probe(Patches):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(find_decoder(model), _adapter_switch(model))
+        super().__init__(find_decoder(model), adapter_switch(model))
         self.decoder = self._decoder
         self.recorded = Recording()
         """Of the last forward inside `recording()`."""
@@ -57,7 +57,7 @@ class Probe(Patches):
         """Layers below it are passed over; None records."""
         self._keys = self._attention = False
         """What to record beside inputs and pairs."""
-        _guarded(self, self._apply)
+        guarded(self, self._apply)
 
     @property
     def num_layers(self) -> int:
@@ -116,7 +116,7 @@ class Probe(Patches):
                 self._replace(getattr(module, family.k_proj), "forward", partial(self._record_keys, layer, False))
             else:
                 self._replace(getattr(module, family.fused), "forward", partial(self._record_keys, layer, True))
-        _patch_layers(self, self._context, everyone, everyone)
+        patch_layers(self, self._context, everyone, everyone)
         for layer in everyone:
             self._replace(decoder.attention(layer), "forward", partial(self._record_attention, layer))
             self._replace(decoder.layers[layer], "forward", partial(self._wrap_layer, layer))

@@ -19,8 +19,9 @@ from depthkv.errors import DepthKVError
 from depthkv.evaluate.perplexity import perplexity, spread
 from depthkv.evaluate.text import Features, check_blocks, reading, rows_at_once, token_losses
 from depthkv.files import replacing
+from depthkv.patches import adapter_switch
 from depthkv.plan import SharingPlan
-from depthkv.sharing import _adapter_switch, share
+from depthkv.sharing import share
 
 SAVE_SECONDS = 15.0
 """Between two saves: what a kill can cost."""
@@ -254,7 +255,7 @@ class Calibrator:
     @property
     def has_adapter(self) -> bool:
         """Whether the model has an adapter that is on while layers share, and off in the model with its full cache."""
-        return _adapter_switch(self.model) is not None
+        return adapter_switch(self.model) is not None
 
     @contextmanager
     def with_own_kv(self) -> Iterator[None]:

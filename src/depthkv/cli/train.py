@@ -24,12 +24,12 @@ from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.evaluate.qa import QAScores, evaluate_qa
 from depthkv.memory import format_bytes
+from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question, collate, encode, read_squad, split_articles
 from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.routing import Sampler
 from depthkv.samplers import SAMPLERS, FullCache, parse_sampler
-from depthkv.sharing import ADAPTER_SWITCH
 
 _DEFAULT = AdaptConfig(max_minutes=15.0)
 _FINETUNE = 0.7

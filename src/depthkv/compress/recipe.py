@@ -1,0 +1,268 @@
+"""What a cache recipe is: which layers keep a cache, in how many bits, and how many tokens of it.
+
+A `SharingPlan` stays about depth. A recipe adds the other two axes that can be chosen at deployment: bits (after KIVI,
+arXiv:2402.02750) and time (after StreamingLLM, arXiv:2309.17453, and SnapKV, arXiv:2404.14469). How many heads there
+are is up to the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthkv.architectures import LayerKind, layer_kinds
+from depthkv.compress.packing import packed_bytes
+from depthkv.compress.rules import OBSERVED_STEPS, RULES, Rule
+from depthkv.errors import PlanError, RecipeError
+from depthkv.files import write_text
+from depthkv.memory import kv_bytes_per_layer, layer_cache_bytes
+from depthkv.plan import SharingPlan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+FORMAT = "depthkv-recipe"
+VERSION = 1
+
+BITS = (16, 8, 4, 2)
+"""16 stands for the dtype that the model computes in, whatever its width."""
+
+_KEYS = {
+    "format",
+    "version",
+    "kv_source_layers",
+    "key_bits",
+    "value_bits",
+    "group_size",
+    "sinks",
+    "recent",
+    "tokens",
+    "rule",
+    "provenance",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRecipe:
+    """How the leaders of a plan keep their keys and values.
+
+    Layers with full attention only: what a sliding or chunked layer keeps is bounded by its window, and stays as it is.
+    Of each sequence the first `sinks` and at least the last `recent` tokens are never quantised nor evicted; in between
+    tokens are packed and evicted `group_size` at a time.
+
+    Raises:
+        RecipeError: a value out of range, or another number of bits than leaders.
+    """
+
+    plan: SharingPlan
+    """Which layers keep a cache."""
+    key_bits: int | tuple[int, ...] = 16
+    """Of each number of the keys: one of `BITS` for all leaders, or one for each leader, in their order."""
+    value_bits: int | tuple[int, ...] = 16
+    """The same for the values."""
+    group_size: int = 32
+    """Tokens that share a scale in each channel of the keys, channels that share one in each token of the values."""
+    sinks: int = 4
+    """First tokens, which many heads attend to whatever they hold."""
+    recent: int = 32
+    """Last tokens."""
+    tokens: int | None = None
+    """Most tokens of a sequence that a leader keeps between two steps; None keeps all."""
+    rule: str | Rule = "window"
+    """Which tokens stay: a name in `depthkv.compress.rules.RULES`, or a rule of your own, which no file can hold."""
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Free-form JSON object."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.plan, SharingPlan):
+            raise RecipeError(f"expected plan to be a SharingPlan, got {type(self.plan).__name__}")
+        for name in ("key_bits", "value_bits"):
+            object.__setattr__(self, name, _bits(getattr(self, name), name, len(self.plan.leaders)))
+        for name, least in (("group_size", 1), ("sinks", 0), ("recent", 1)):
+            _at_least(getattr(self, name), name, least)
+        if not isinstance(self.rule, Rule) and self.rule not in RULES:
+            raise RecipeError(f"expected rule to be one of {', '.join(RULES)} or a Rule, got {self.rule!r}")
+        if self.group_size % 8 and self.is_quantised:
+            raise RecipeError(f"expected a group_size that 8 divides, got {self.group_size}")
+        if self.tokens is not None:
+            _at_least(self.tokens, "tokens", 1)
+            least = self.sinks + self.recent + self.group_size
+            if self.tokens < least:
+                raise RecipeError(
+                    f"expected tokens of at least sinks + recent + group_size = {least}, got {self.tokens}"
+                )
+        try:
+            object.__setattr__(self, "provenance", json.loads(json.dumps(dict(self.provenance), allow_nan=False)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RecipeError(f"expected provenance as a JSON object, got {error}") from error
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether anything is kept in fewer bits."""
+        return any(bits != 16 for pair in self.bits.values() for bits in pair)
+
+    @property
+    def bits(self) -> dict[int, tuple[int, int]]:
+        """Bits of keys and values by leader."""
+        leaders = self.plan.leaders
+        keys = (self.key_bits,) * len(leaders) if isinstance(self.key_bits, int) else self.key_bits
+        values = (self.value_bits,) * len(leaders) if isinstance(self.value_bits, int) else self.value_bits
+        return dict(zip(leaders, zip(keys, values, strict=True), strict=True))
+
+    @property
+    def eviction(self) -> Rule:
+        """The rule itself."""
+        return RULES[self.rule] if isinstance(self.rule, str) else self.rule
+
+    @property
+    def rule_name(self) -> str:
+        """For people."""
+        return self.rule if isinstance(self.rule, str) else type(self.rule).__name__
+
+    # Bytes
+
+    def kept_tokens(self, num_tokens: int) -> int:
+        """Tokens that a leader with full attention keeps after `num_tokens`, however they came.
+
+        Above `tokens`, whole groups are evicted until it fits.
+        """
+        if self.tokens is None or num_tokens <= self.tokens:
+            return num_tokens
+        return self.tokens - (self.tokens - num_tokens) % self.group_size
+
+    def packed_tokens(self, kept: int) -> int:
+        """How many of them are packed: whole groups between `sinks` and `recent`."""
+        return max(0, kept - self.sinks - self.recent) // self.group_size * self.group_size
+
+    def layer_bytes(self, kind: LayerKind, bits: tuple[int, int], dtype: torch.dtype, num_tokens: int) -> int:
+        """Bytes of one leader's cache of one sequence without padding after `num_tokens`, exact."""
+        if kind.window is not None:
+            return layer_cache_bytes(kind, dtype, num_tokens)
+        kept = self.kept_tokens(num_tokens)
+        packed = self.packed_tokens(kept)
+        plain = kv_bytes_per_layer(kind, dtype) // 2
+        total = 2 * (kept - packed) * plain
+        for width, along in zip(bits, ("tokens", "channels"), strict=True):
+            total += (
+                packed * plain
+                if width == 16
+                else packed_bytes(packed, width, self.group_size, kind.kv_heads, kind.head_dim, dtype, along)
+            )
+        if self.observes(kept):
+            total += 4 * kind.kv_heads * kept  # fp32 sums of attention
+        return total
+
+    def observes(self, kept: int) -> bool:
+        """Whether tokens will soon be evicted by what is attended to, so that sums of it are kept."""
+        return self.tokens is not None and self.eviction.needs_attention and kept > self.tokens - OBSERVED_STEPS
+
+    def cache_bytes(self, config: PreTrainedConfig, dtype: torch.dtype, num_tokens: int, batch: int = 1) -> int:
+        """Bytes of the cache of `batch` sequences of `num_tokens` tokens, all leaders together."""
+        kinds = self.check(layer_kinds(config))
+        return batch * sum(
+            self.layer_bytes(kinds[leader], bits, dtype, num_tokens) for leader, bits in self.bits.items()
+        )
+
+    def check(self, kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+        """Raise `PlanError` unless the plan is for so many layers."""
+        if self.plan.num_layers != len(kinds):
+            raise PlanError(f"expected a recipe for {len(kinds)} layers, got one for {self.plan.num_layers}")
+        return kinds
+
+    # What it says
+
+    def describe(self) -> str:
+        """One line: layers, bits and tokens."""
+        plan = self.plan
+        parts = [f"{len(plan.leaders)} of {plan.num_layers} layers keep a cache"]
+        for name, value in (("keys", self.key_bits), ("values", self.value_bits)):
+            widths = sorted({value} if isinstance(value, int) else set(value))
+            if widths != [16]:
+                parts.append(f"{name} in {' to '.join(str(w) for w in (widths[0], widths[-1])[: len(widths)])} bits")
+        if self.tokens is not None:
+            parts.append(f"at most {self.tokens:,} tokens by {self.rule_name}")
+        return "; ".join(parts)
+
+    # Files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `save` writes."""
+        if not isinstance(self.rule, str):
+            raise RecipeError(f"expected a rule among {', '.join(RULES)} to write a recipe, got {self.rule_name}")
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kv_source_layers": list(self.plan.kv_source_layers),
+            "key_bits": self.key_bits if isinstance(self.key_bits, int) else list(self.key_bits),
+            "value_bits": self.value_bits if isinstance(self.value_bits, int) else list(self.value_bits),
+            "group_size": self.group_size,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "tokens": self.tokens,
+            "rule": self.rule,
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> CacheRecipe:
+        """The inverse of `to_dict`; unknown keys, another format or version and wrong types are errors.
+
+        Only format, version and kv_source_layers have to be there.
+        """
+        if not isinstance(data, dict):
+            raise RecipeError(f"expected a JSON object, got {type(data).__name__}")
+        if data.get("format") != FORMAT:
+            raise RecipeError(f'expected "format": "{FORMAT}", got {data.get("format")!r}')
+        if unknown := sorted(str(key) for key in data.keys() - _KEYS):
+            raise RecipeError(f"expected only the keys {sorted(_KEYS)}, got {unknown[0]!r}")
+        if data.get("version") != VERSION or isinstance(data["version"], bool):
+            raise RecipeError(f'expected "version": {VERSION}, got {data.get("version")!r}')
+        if "kv_source_layers" not in data:
+            raise RecipeError('expected the key "kv_source_layers", got none')
+        if not isinstance(data.get("provenance", {}), dict):
+            raise RecipeError(f"expected provenance as a JSON object, got {type(data['provenance']).__name__}")
+        values = {key: value for key, value in data.items() if key not in ("format", "version", "kv_source_layers")}
+        return cls(plan=SharingPlan(data["kv_source_layers"]), **values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `recipe.json`: first beside the target, then renamed."""
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", "the recipe", RecipeError)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CacheRecipe:
+        """Read a `recipe.json`; the error names the file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"expected a recipe file at {path}, got {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}: expected a recipe in JSON, got {error or 'too deep a nesting'}") from error
+        try:
+            return cls.from_dict(data)
+        except (RecipeError, PlanError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+
+def _bits(value: object, name: str, num_leaders: int) -> int | tuple[int, ...]:
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        if len(value) != num_leaders:
+            raise RecipeError(f"expected {name} for each of the {num_leaders} leaders, got {len(value)}")
+        widths = tuple(_width(entry, f"{name}[{i}]") for i, entry in enumerate(value))
+        return widths[0] if len(set(widths)) == 1 else widths
+    return _width(value, name)
+
+
+def _width(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
+        raise RecipeError(f"expected {name} to be one of {', '.join(map(str, BITS))}, got {value!r}")
+    return value
+
+
+def _at_least(value: object, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"expected {name} to be a whole number of at least {least}, got {value!r}")
