@@ -283,7 +283,7 @@ def test_bare_decoder_and_lazy_cache(model: PreTrainedModel) -> None:
 def test_plans_that_do_not_fit() -> None:
     with pytest.raises(PlanError, match="6 layers, got one for 4"):
         share(tiny_model("llama"), SharingPlan.every(2, 4))
-    with pytest.raises(PlanError, match="expected a SharingPlan or a Router, got list"):
+    with pytest.raises(PlanError, match="expected a SharingPlan, a CacheRecipe or a Router, got list"):
         share(tiny_model("llama"), [0, 0])  # type: ignore[arg-type]
     gemma = tiny_model("gemma3_text")
     with pytest.raises(PlanError, match=r"layer 2 \(full attention.* got layer 0 \(sliding attention of 8"):

@@ -236,7 +236,7 @@ def share(
     positions only whose logits were asked for (`logits_to_keep`, as `generate()` does in prefill). Exact: the logits
     are those of the same plan with everything computed.
 
-    A recipe is a plan whose leaders keep their caches in few bits, or few tokens of them, see docs/how-to/compose.md. What
+    A recipe is a plan whose leaders keep their caches in few bits, or few tokens of them (docs/how-to/compose.md). What
     a single forward computes is that of its plan: a recipe acts on what later forwards read from the cache.
 
     A router chooses the plan of each sequence while its prompt is read. With a budget, leaders are given up while the
