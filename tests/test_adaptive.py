@@ -498,7 +498,7 @@ def test_refusals() -> None:
     with share(model, ByContent()), torch.no_grad():
         with pytest.raises(CacheMismatchError, match=r"made under a sharing plan|tokens in layer 0"):
             model(ids[:, :1], past_key_values=own)
-    with pytest.raises(PlanError, match="SharingPlan or a Router, got str"):
+    with pytest.raises(PlanError, match="CacheRecipe or a Router, got str"):
         share(model, "plan.json")  # type: ignore[arg-type]
 
     class Later(Router):

@@ -16,7 +16,7 @@ from depthkv.cache import FollowerLayer, fit_cache
 from depthkv.compress.packing import PackedTensor
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.rules import Stored, Window
-from depthkv.errors import CacheMismatchError
+from depthkv.errors import CacheMismatchError, RecipeError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each `[batch, kv_heads, tokens, head_dim]`."""
@@ -149,7 +149,8 @@ class CompressedLayer(CacheLayerMixin):
     def observe(self, weights: torch.Tensor) -> None:
         """Add what one reader's last queries attend to, `[batch, heads, queries, kept]`."""
         kv_heads = self._kv_heads
-        grouped = weights.float().sum(dim=2).unflatten(1, (kv_heads, -1)).sum(dim=2)
+        per_head = weights.float().sum(dim=2)
+        grouped = per_head.view(len(per_head), kv_heads, -1, per_head.shape[-1]).sum(dim=2)
         if self.attention is None:
             self.attention = grouped
         else:
@@ -183,14 +184,10 @@ class CompressedLayer(CacheLayerMixin):
             return
         assert self.recent is not None
         batch, heads = self.recent[0].shape[:2]
-        like = {"dtype": torch.bool, "device": self.recent[0].device}
-        past = torch.ones(batch, heads, self.num_past, **like) if self.valid is None else self.valid
-        latest = (
-            torch.ones(batch, heads, self.num_new, **like)
-            if new is None
-            else new[:, None].expand(batch, heads, self.num_new)
-        )
-        self.valid = torch.cat([past, latest], dim=-1)
+        everything = torch.ones(batch, heads, self.num_kept, dtype=torch.bool, device=self.recent[0].device)
+        past = everything[..., : self.num_past] if self.valid is None else self.valid
+        latest = everything[..., self.num_past :]
+        self.valid = torch.cat([past, latest if new is None else latest & new[:, None]], dim=-1)
 
     def _sort_padding(self, valid: torch.Tensor) -> torch.Tensor:
         """Move the padding of a prompt behind its sinks, and make it copies of its last token.
@@ -224,7 +221,7 @@ class CompressedLayer(CacheLayerMixin):
         count = keys.shape[2]
         scores = recipe.eviction.scores(Stored(keys=keys, values=values, attention=self.attention)).double()
         if scores.shape != keys.shape[:3]:
-            raise CacheMismatchError(
+            raise RecipeError(
                 f"expected scores of shape {list(keys.shape[:3])} from {recipe.rule_name}, got {list(scores.shape)}"
             )
         scores = scores.clone()

@@ -48,7 +48,7 @@ class CompressedModel(SharedModel):
         # the model would make one inside, too late to be fitted
         uses_cache = arguments.get("use_cache")
         wanted = getattr(text_config(self._decoder.config), "use_cache", True) if uses_cache is None else uses_cache
-        return DynamicCache(config=self._decoder.config) if wanted else None  # type: ignore[no-untyped-call]
+        return DynamicCache(config=self._decoder.config) if wanted else None  # type: ignore[no-untyped-call, unused-ignore]
 
     def _last_positions(self, needed: int | None, cache: Cache | None, arguments: dict[str, Any]) -> int | None:
         # layers above the last leader have a say in what is evicted, so they run for the queries that are asked

@@ -66,4 +66,5 @@ def _weights(call: dict[str, Any], keys: torch.Tensor, last: int) -> torch.Tenso
     elif call.get("is_causal"):
         causal = torch.ones(queries, tokens, dtype=torch.bool, device=keys.device).tril(tokens - queries)[-last:]
         scores = scores.masked_fill(~causal, -torch.inf)
-    return scores.softmax(dim=-1).nan_to_num()  # a query of padding may see nothing
+    weights: torch.Tensor = scores.softmax(dim=-1).nan_to_num()  # a query of padding may see nothing
+    return weights

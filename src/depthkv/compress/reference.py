@@ -46,7 +46,7 @@ class ReferenceRecipeCache(Cache):
         self._observing: set[int] = set()
 
     def begin(self, padding: torch.Tensor, new: int) -> None:
-        """A step of `new` tokens follows; `padding` `[batch, tokens]` is True where there is some, the step included."""
+        """A step of `new` tokens follows. `padding` `[batch, tokens]`: where there is some, the step included."""
         self.padding = padding
         self._observing = {leader for leader in self.compressed if self.recipe.observes(self.count(leader) + new)}
 

@@ -58,7 +58,7 @@ class KeyNorm:
 
     def scores(self, stored: Stored) -> torch.Tensor:
         """The negative norm."""
-        return -stored.keys.float().norm(dim=-1)
+        return -torch.linalg.vector_norm(stored.keys.float(), dim=-1)
 
 
 class ObservedAttention:
