@@ -185,7 +185,7 @@ def test_recent_tokens_can_be_taken_back(axes: str) -> None:
     assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("axes", [axes for axes in AXES if axes != "depth"])  # those layers are transformers' own
 def test_a_cache_is_reset_and_moved(axes: str) -> None:
     model = tiny_model("llama").double()
     recipe = CacheRecipe(plan=plans(model)[1], **AXES[axes])

@@ -58,7 +58,8 @@ class KeyNorm:
 
     def scores(self, stored: Stored) -> torch.Tensor:
         """The negative norm."""
-        return -torch.linalg.vector_norm(stored.keys.float(), dim=-1)
+        lengths: torch.Tensor = torch.linalg.vector_norm(stored.keys.float(), dim=-1)
+        return -lengths
 
 
 class ObservedAttention:
