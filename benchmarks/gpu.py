@@ -11,7 +11,7 @@ The model has the shape of Qwen3-8B and random weights. Every row is written as 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from depthkv.machine import environment
 from depthkv.roofline import MachineLimits, measure_limits
 
 
-def probe_operators(device: torch.device, tiny: bool, out: Output) -> None:
+def probe_operators(device: torch.device, tiny: bool, out: Output, variants: list[str] | None) -> None:
     """Every way to attend, alone: its error against fp32 and the rate at which it reads K and V."""
     heads, kv_heads, dim = (4, 2, 16) if tiny else (32, 8, 128)
     dtype = torch.float32 if tiny else torch.bfloat16
@@ -34,6 +34,8 @@ def probe_operators(device: torch.device, tiny: bool, out: Output) -> None:
         one = 2 * batch * tokens * kv_heads * dim * dtype.itemsize
         sets = 2 if tiny else max(2, int(1.5e9 // one))  # more than the processor's cache holds
         for variant, function in gpu_attention.FUNCTIONS.items():
+            if variants and variant not in variants:
+                continue
             row = {"run": "attention", "attention": variant, "batch_size": batch, "static_tokens": tokens}
             row |= {"context": length}
             try:
@@ -85,7 +87,7 @@ def _graph(run: Any) -> Any:
 
 def probe(args: argparse.Namespace, device: torch.device, limits: MachineLimits, copy: float, out: Output) -> None:
     """What works, shortly: operators alone, then a model of two layers with every stack."""
-    probe_operators(device, args.tiny, out)
+    probe_operators(device, args.tiny, out, args.variants)
     shape, layers = ("tiny", 2) if args.tiny else ("qwen3-8b-2-layers", None)
     model = random_model(shape, device.type, torch.float32 if args.tiny else torch.bfloat16, layers)
     tokens, contexts = (320, (24,)) if args.tiny else (8256, (8192,))
@@ -99,13 +101,17 @@ def probe(args: argparse.Namespace, device: torch.device, limits: MachineLimits,
     if args.tiny:
         stacks = [Stack(attention="sdpa", backend=backend) for backend in ("aot_eager", "none")]
     for stack in stacks:
-        if out.has(15):
+        if out.has(15) and stack.attention in (args.variants or gpu_attention.VARIANTS):
+            stack = replace(stack, fullgraph=args.fullgraph)
             measure_group(model, group, [stack], limits, copy, 16, out, run="probe")
 
 
 def static(args: argparse.Namespace, model: Any, limits: MachineLimits, copy: float, limit: int, out: Output) -> None:
     """The grid with a static cache."""
-    stacks = [Stack(attention=args.attention, backend=backend, matmul=args.matmul) for backend in args.backends]
+    stacks = [
+        Stack(attention=args.attention, backend=backend, matmul=args.matmul, fullgraph=args.fullgraph)
+        for backend in args.backends
+    ]
     contexts = (16, 24) if args.tiny else (8192, 512, 2048, 32768, 131072)
     together = args.attention == "triton" or args.tiny  # its speed does not depend on what the cache could hold
     groups: list[Group | str] = []
@@ -121,7 +127,9 @@ def static(args: argparse.Namespace, model: Any, limits: MachineLimits, copy: fl
         if not together:
             groups.sort(key=lambda group: contexts.index(group.contexts[0]))  # type: ignore[union-attr]
     else:
-        for batch, chosen in ((16, (8192, 2048)), (0, ()), (4, (8192, 32768)), (64, (2048, 512))):
+        for batch, chosen in ((16, (8192, 2048)), (0, ()), (4, (8192, 32768)), (64, (2048, 512)))[
+            : 1 if args.tiny else 4
+        ]:
             for plan in ("g=4", "g=1"):
                 if batch == 0:
                     groups.append(plan)
@@ -162,6 +170,8 @@ def main() -> None:
         "--backends", nargs="+", default=["inductor", "none"], help="of static: of torch.compile, or none"
     )
     parser.add_argument("--matmul", choices=("inductor", "cublas"), default="inductor", help="of static, with one row")
+    parser.add_argument("--variants", nargs="+", choices=gpu_attention.VARIANTS, help="of probe; all without")
+    parser.add_argument("--fullgraph", action=argparse.BooleanOptionalAction, default=True, help="of torch.compile")
     args = parser.parse_args()
 
     device = torch.device(args.device)

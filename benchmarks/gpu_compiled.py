@@ -51,6 +51,8 @@ class Stack:
     """Of torch.compile; "none" leaves the code as it is."""
     matmul: str = "inductor"
     """`inductor` lets it write products with one row itself (coordinate descent tuning), `cublas` does not."""
+    fullgraph: bool = True
+    """Of torch.compile: what it cannot trace is an error."""
 
     @property
     def name(self) -> str:
@@ -102,7 +104,7 @@ class Decoding:
         """The step by torch.compile."""
         if stack.backend == "none":
             return self.step
-        step: Step = torch.compile(self.step, fullgraph=True, dynamic=False, backend=stack.backend)
+        step: Step = torch.compile(self.step, fullgraph=stack.fullgraph, dynamic=False, backend=stack.backend)
         return step
 
     def captured(self, step: Step) -> Step:

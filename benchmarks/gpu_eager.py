@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from depthkv import SharingPlan
 from depthkv.bench import BenchConfig, Sample, _count, _is_out_of_memory, _try_run
 from depthkv.decoder import find_decoder
-from depthkv.memory import kv_bytes_per_token, weight_bytes
+from depthkv.memory import kv_bytes_per_token, prefill_activation_bytes, weight_bytes
 from depthkv.roofline import MachineLimits, roofline
 
 
@@ -96,8 +96,10 @@ def largest_batch(
     plan = make_plan(name, model.config.num_hidden_layers)
     weights = weight_bytes(model.config, model.dtype) or 0
     each = kv_bytes_per_token(model.config, model.dtype, plan) * (context + steps)
-    # a growing cache of one layer lies there twice while it is copied
-    guess = min(ceiling, max(1, int((limit - weights - 1e9) / (each * (1 + 0.5 / len(plan.leaders))))))
+    # a growing cache of one layer lies there twice while it is copied; one prompt is read beside the others
+    beside = prefill_activation_bytes(model.config, model.dtype, context, 1, plan) + each + limit // 200
+    growing = (limit - weights - limit // 100) / (each * (1 + 0.5 / len(plan.leaders)))
+    guess = min(ceiling, max(1, int(min(growing, (limit - weights - beside) / each))))
     fits, fails, row = 0, ceiling + 1, None
     batch = guess
     with sharing(model, plan), torch.no_grad():
@@ -183,7 +185,7 @@ def grid(model: Any, limits: MachineLimits, limit: int, tiny: bool, out: Output,
         (some, 131072, 1, 9, 1, 60),
         (some, 2048, 64, 9, 1, 30),
         (some, 2048, 16, 9, 1, 15),
-        (some, 8192, 64, 5, 1, 60),
+        (some, 8192, 64, 5, 1, 25),
     ]
     if tiny:
         cells = [(PLANS, 24, 1, 4, 1, 0), (some, 16, 4, 4, 1, 0)]
@@ -193,7 +195,7 @@ def grid(model: Any, limits: MachineLimits, limit: int, tiny: bool, out: Output,
             _one(model, plans, context, batch, new, repeats, seconds, limits, out)
     if "largest" in parts:
         for context in (16,) if tiny else (8192, 32768):
-            for name in PLANS:
+            for name in some if tiny else PLANS:
                 if out.has(25):
                     largest_batch(model, name, context, limit, out, ceiling=4 if tiny else 4096)
     if "cells" in parts:
