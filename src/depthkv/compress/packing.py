@@ -58,3 +58,13 @@ class PackedTensor:
         self.scale = self.scale[:, :, n // g:].clone(); self.minimum = self.minimum[:, :, n // g:].clone()
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedTensor:
         return PackedTensor(change(self.codes), change(self.scale), change(self.minimum), self.bits, self.along)
+
+
+def fake_quantize(x: torch.Tensor, bits: int, group_size: int, along: Along) -> torch.Tensor:
+    rest = x.shape[2] % group_size if along == "tokens" else 0
+    with torch.no_grad():
+        parts = [PackedTensor.pack(x[:, :, : x.shape[2] - rest], bits=bits, group_size=group_size, along=along).unpack()]
+        if rest:
+            parts.append(PackedTensor.pack(x[:, :, x.shape[2] - rest :], bits=bits, group_size=rest, along=along).unpack())
+        noisy = torch.cat(parts, dim=2)
+    return noisy + (x - x.detach())
