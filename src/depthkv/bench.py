@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.memory import measured_cache_bytes
@@ -33,7 +34,9 @@ from depthkv.sharing import share
 
 ARMS = ("full", "shared")
 
-_CELL = ("retention", "leaders", "prompt_tokens", "new_tokens", "batch_size", "arms", "ratios")
+How = SharingPlan | CacheRecipe
+
+_CELL = ("retention", "leaders", "cache_recipe", "prompt_tokens", "new_tokens", "batch_size", "arms", "ratios")
 """Keys of `BenchResult.to_dict` that differ between the cells of a grid."""
 
 
@@ -85,7 +88,8 @@ class Sample:
 class BenchResult:
     """All samples of both arms: one cell of a grid."""
 
-    plan: SharingPlan
+    how: How
+    """Of the shared arm."""
     config: BenchConfig
     samples: dict[str, tuple[Sample, ...]]
     """By arm, in the order measured; sample i of both arms ran side by side. None of an arm that ran out of memory."""
@@ -93,6 +97,11 @@ class BenchResult:
     """Device, threads, versions, dtype."""
     work: Mapping[str, Mapping[str, Work]] = field(default_factory=dict)
     """By arm and phase: what the prompt's forward needs ("prefill") and a decoding step halfway ("decode")."""
+
+    @property
+    def plan(self) -> SharingPlan:
+        """Of the shared arm."""
+        return self.how.plan if isinstance(self.how, CacheRecipe) else self.how
 
     @property
     def out_of_memory(self) -> tuple[str, ...]:
@@ -140,6 +149,7 @@ class BenchResult:
             "ratios": {name: self.ratio(name) for name in fields},
             "retention": self.plan.retention,
             "leaders": list(self.plan.leaders),
+            "cache_recipe": self.how.figures() if isinstance(self.how, CacheRecipe) else None,
             **asdict(self.config),
             **self.machine,
         }
@@ -169,11 +179,11 @@ class GridResult:
 
 def bench_grid(
     model: nn.Module,
-    plans: Sequence[SharingPlan],
+    plans: Sequence[How],
     configs: Sequence[BenchConfig],
     progress: Callable[[int], None] | None = None,
 ) -> GridResult:
-    """`bench` for every plan with every config, and what the machine allows. `progress` is as for `bench`.
+    """`bench` for every plan or recipe with every config, and what the machine allows. `progress` is as for `bench`.
 
     Raises:
         DepthKVError: no plan or config, or the first cell runs out of memory with either cache.
@@ -196,49 +206,21 @@ def bench_grid(
 
 
 def bench(
-    model: nn.Module, plan: SharingPlan, config: BenchConfig, progress: Callable[[int], None] | None = None
+    model: nn.Module, plan: How, config: BenchConfig, progress: Callable[[int], None] | None = None
 ) -> BenchResult:
-    """Measure `model` as it is and under `plan`, in turns. `progress` is called with 1 after each of
+    """Measure `model` as it is and under `plan`, which may be a recipe, in turns. `progress` is called with 1 after each of
     `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
 
     Raises:
         PlanError: the plan does not fit, or the model is shared already.
         UnsupportedModelError: as for `share`.
     """
+    samples, work = bench_arms(model, {"full": None, "shared": plan}, config, progress)
     device = _device(model)
-    decoder = find_decoder(model)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(config.seed)
-    prompt = torch.randint(vocabulary, (config.batch_size, config.prompt_tokens), generator=generator).to(device)
-    training = model.training
-    model.eval()
-    samples: dict[str, list[Sample]] = {arm: [] for arm in ARMS}
-    work: dict[str, Mapping[str, Work]] = {}
-    options = {"logits_to_keep": 1} if _takes_logits_to_keep(decoder) else {}
-    exhausted: set[str] = set()
-    try:
-        for arm in ARMS:
-            with _sharing(model, plan, arm):  # which switches on an adapter that was trained for it
-                work[arm] = _count(decoder, plan if arm == "shared" else None, config, bool(options))
-        for repeat in range(config.repeats + 1):
-            # whichever comes first in a pair could be at an advantage, so they take turns at that, too
-            for arm in ARMS if repeat % 2 else reversed(ARMS):
-                if arm not in exhausted:
-                    with _sharing(model, plan, arm):
-                        sample = _try_run(model, prompt, config.new_tokens, device, options)
-                    if sample is None:
-                        exhausted.add(arm)
-                        samples[arm].clear()
-                    elif repeat > 0:  # the first pair warms up
-                        samples[arm].append(sample)
-                if progress is not None:
-                    progress(1)
-    finally:
-        model.train(training)
     return BenchResult(
-        plan=plan,
+        how=plan,
         config=config,
-        samples={arm: tuple(values) for arm, values in samples.items()},
+        samples=samples,
         machine={
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(),
@@ -249,14 +231,57 @@ def bench(
     )
 
 
+def bench_arms(
+    model: nn.Module,
+    arms: Mapping[str, How | None],
+    config: BenchConfig,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, tuple[Sample, ...]], dict[str, Mapping[str, Work]]]:
+    """Samples and work by arm, as in `BenchResult`, of any number of arms in turns; None is the model as it is.
+
+    `progress` and errors are as for `bench`.
+    """
+    device = _device(model)
+    decoder = find_decoder(model)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(config.seed)
+    prompt = torch.randint(vocabulary, (config.batch_size, config.prompt_tokens), generator=generator).to(device)
+    training = model.training
+    model.eval()
+    samples: dict[str, list[Sample]] = {arm: [] for arm in arms}
+    work: dict[str, Mapping[str, Work]] = {}
+    options = {"logits_to_keep": 1} if _takes_logits_to_keep(decoder) else {}
+    exhausted: set[str] = set()
+    try:
+        for arm, how in arms.items():
+            with _sharing(model, how):  # which switches on an adapter that was trained for it
+                work[arm] = _count(decoder, how, config, bool(options))
+        for repeat in range(config.repeats + 1):
+            # whichever comes first in a pair could be at an advantage, so they take turns at that, too
+            for arm in arms if repeat % 2 else reversed(list(arms)):
+                if arm not in exhausted:
+                    with _sharing(model, arms[arm]):
+                        sample = _try_run(model, prompt, config.new_tokens, device, options)
+                    if sample is None:
+                        exhausted.add(arm)
+                        samples[arm].clear()
+                    elif repeat > 0:  # the first pair warms up
+                        samples[arm].append(sample)
+                if progress is not None:
+                    progress(1)
+    finally:
+        model.train(training)
+    return {arm: tuple(values) for arm, values in samples.items()}, work
+
+
 def _device(model: nn.Module) -> torch.device:
     device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
     assert isinstance(device, torch.device)
     return device
 
 
-def _sharing(model: nn.Module, plan: SharingPlan, arm: str) -> AbstractContextManager[Any]:
-    return share(model, plan) if arm == "shared" else nullcontext()
+def _sharing(model: nn.Module, how: How | None) -> AbstractContextManager[Any]:
+    return nullcontext() if how is None else share(model, how)
 
 
 def _takes_logits_to_keep(decoder: Decoder) -> bool:
@@ -266,18 +291,18 @@ def _takes_logits_to_keep(decoder: Decoder) -> bool:
     return "logits_to_keep" in parameters or (hands_on and decoder.head_with_logits_to_keep() is not None)
 
 
-def _count(decoder: Decoder, plan: SharingPlan | None, config: BenchConfig, last_logits_only: bool) -> dict[str, Work]:
-    plan = plan or SharingPlan.full(decoder.num_layers)
+def _count(decoder: Decoder, how: How | None, config: BenchConfig, last_logits_only: bool) -> dict[str, Work]:
+    how = how or SharingPlan.full(decoder.num_layers)
     halfway = config.prompt_tokens + (config.new_tokens - 2) // 2
     return {
         "prefill": forward_work(
             decoder,
-            plan,
+            how,
             batch_size=config.batch_size,
             new_tokens=config.prompt_tokens,
             last_logits_only=last_logits_only,
         ),
-        "decode": forward_work(decoder, plan, batch_size=config.batch_size, new_tokens=1, past_tokens=halfway),
+        "decode": forward_work(decoder, how, batch_size=config.batch_size, new_tokens=1, past_tokens=halfway),
     }
 
 

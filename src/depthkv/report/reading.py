@@ -107,6 +107,8 @@ class BenchCell:
 
     retention: float | None
     leaders: int | None
+    recipe: str
+    """What a recipe says of itself; empty without one."""
     prompt_tokens: int
     new_tokens: int
     batch_size: int
@@ -305,6 +307,7 @@ def _cell(cell: CheckedObject) -> BenchCell:
     return BenchCell(
         retention=cell.maybe_number("retention"),
         leaders=len(cell.sequence("leaders")) if "leaders" in cell else None,
+        recipe=cell.object("cache_recipe").text("words") if "cache_recipe" in cell else "",
         prompt_tokens=cell.whole("prompt_tokens", 1),
         new_tokens=cell.whole("new_tokens", 1),
         batch_size=cell.whole("batch_size", 1),
