@@ -7,7 +7,6 @@ A run that needs more memory than there is counts as a figure, too: it does not 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import platform
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.memory import measured_cache_bytes
+from depthkv.peak import read_peak, start_peak
 from depthkv.plan import SharingPlan
 from depthkv.roofline import MachineLimits, Work, forward_work, measure_limits, roofline
 from depthkv.sharing import share
@@ -332,7 +331,7 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 def _run(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, device: torch.device, options: dict[str, Any]
 ) -> Sample:
-    start = _start_peak(device)
+    start = start_peak(device)
     cache = DynamicCache(config=model.config)  # type: ignore[no-untyped-call, unused-ignore]
 
     began = _now(device)
@@ -344,7 +343,7 @@ def _run(
         marks.append(_mark(device))
     ended = _now(device)
 
-    peak = _peak(device)
+    peak = read_peak(device)
     return Sample(
         ttft_s=first - began,
         decode_tokens_per_s=len(prompt) * (new_tokens - 1) / (ended - first),
@@ -373,40 +372,3 @@ def _mark(device: torch.device) -> Any:
 def _seconds(earlier: Any, later: Any) -> float:
     """Between two marks, after both have passed."""
     return float(later - earlier) if isinstance(later, float) else float(earlier.elapsed_time(later)) / 1000
-
-
-def _start_peak(device: torch.device) -> int | None:
-    """Start to measure the peak anew; the bytes in use now, None where the peak cannot be measured."""
-    gc.collect()
-    if device.type == "cuda":
-        gpus = range(torch.cuda.device_count())
-        for gpu in gpus:
-            torch.cuda.reset_peak_memory_stats(gpu)
-        return sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
-    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return None
-    # memory that the other arm freed would stay resident, and this arm's use of it would not show
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest resident size so far
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
-    return _status_bytes("VmHWM") if device.type == "cpu" else None
-
-
-def _status_bytes(name: str) -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -21,6 +21,7 @@ from depthkv.cli.generate import generate_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
+from depthkv.cli.recipe import recipe_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.train import adapt_command
@@ -50,6 +51,7 @@ app.command("inspect", short_help="Layers, cache sizes, what can share with what
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
 app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)
+app.command("recipe", short_help="Bits and tokens of the caches that stay, by hand.")(recipe_command)
 app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
 app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)

@@ -103,8 +103,9 @@ def evaluate_command(
     # every figure is compared with the full cache's, so that is measured whether or not it was asked for
     full = SharingPlan.full(len(kinds))
     arms = plan_arms([full, *plans])
-    for arm in (recipe_arms := _recipe_arms(recipes)):
-        if recipes and {"perplexity", "agreement"} & set(suites) and arm.recipe and _is_idle(arm.recipe, block_size):
+    recipe_arms = _recipe_arms(recipes)
+    for arm in recipe_arms:
+        if {"perplexity", "agreement"} & set(suites) and arm.recipe and _is_idle(arm.recipe, block_size):
             show(f"depthkv: {arm.label} does nothing to blocks of {block_size} tokens; raise --block-size")
     with naming(model), progress_bar("evaluating", work.units(len(arms) + len(recipe_arms))) as advance:
         found_rows = work.run(loaded, [*arms, *recipe_arms], advance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,10 @@ from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, Stag
 from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import console, curve_table, progress_bar, show, waiting, write_json
+from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
+from depthkv.compress.measure import streamed_losses
+from depthkv.compress.noise import recipe_noise
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
@@ -52,6 +55,10 @@ def adapt_command(
     data: inputs.Texts,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapted checkpoint.")],
     plan: inputs.PlanFile = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="A recipe.json: its plan, and training with the noise of its bits."),
+    ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
         float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
@@ -159,9 +166,10 @@ def adapt_command(
 ) -> None:
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
-    DIR gets the checkpoint with a plan (--plan, or --retention, 0.5 by default) and pictures. After Ctrl-C or a kill
+    DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After Ctrl-C or a kill
     the same command goes on where it stopped. Under torchrun or accelerate launch, processes share the batches.
     """
+    inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
@@ -213,6 +221,11 @@ def adapt_command(
             chosen, plans = SharingPlan.full(num_layers or 1), [SharingPlan.full(num_layers or 1)]
         else:
             chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
+            if recipe_file is not None:
+                cache_recipe = inputs.read_recipe(recipe_file, kinds)
+                with naming(recipe_file):
+                    recipe_noise(cache_recipe, kinds)
+                chosen, recipe = cache_recipe.plan, replace(recipe, cache_recipe=cache_recipe)
             plans = inputs.choose_plans(None, None, config, kinds)
         plans += [chosen] if chosen not in plans else []
         inputs.require_positions(config, block_size, "--block-size")
@@ -240,9 +253,16 @@ def adapt_command(
         with cast, progress_bar(what, len(plans) * len(work.blocks)) as advance:
             return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
+    def through_cache(measured: Any) -> dict[str, float]:
+        if recipe.cache_recipe is None or work.blocks is None:
+            return {}
+        with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
+            return _through_cache(measured, recipe.cache_recipe, work.blocks, batch_size, advance)
+
     state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
         before = curve("before", loaded) if inputs.is_main_process() else []
+        streamed = [through_cache(loaded)] if inputs.is_main_process() else []
         try:
             result = train_in_stages(
                 loaded,
@@ -262,16 +282,26 @@ def adapt_command(
         if not inputs.is_main_process():
             return
         after = curve("after", result.model)
+        streamed.append(through_cache(result.model))
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
+    if recipe.cache_recipe is not None:
+        provenance["noise"] = recipe.cache_recipe.describe()
     if is_adapter:
         local = str(Path(model).resolve()) if Path(model).exists() else model
         base = "base" if stages.finetune else local
         save_adapter(out, result.model, base=base, tokenizer=tokenizer, plan=chosen, provenance=provenance)
     else:
         save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
+    if recipe.cache_recipe is not None:
+        recipe.cache_recipe.save(out / "recipe.json")
     _draw(out, result, recipe, chosen, kinds, before, after)
     figures = _figures(result, recipe, before, after)
+    if streamed[0]:
+        names = streamed[0]
+        figures["through_cache"] = [
+            {"label": name, "loss_before": streamed[0][name], "loss": streamed[1][name]} for name in names
+        ]
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
     for stage in ("finetune", "routed"):  # only now is everything safe that they could give back
         discard_state(state / stage)
@@ -284,11 +314,35 @@ def adapt_command(
         shown.print(_qa_table(before, after))
     elif after:
         shown.print(curve_table(after, len(kinds), before))
+    if streamed[0]:
+        shown.print(
+            table(
+                ["second halves of blocks, through the cache", "loss before", "loss"],
+                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
+            )
+        )
     shown.print(
         f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
         f"checkpoint, plan.json and pictures are in {out}",
         markup=False,
     )
+
+
+def _through_cache(
+    model: Any, recipe: CacheRecipe, blocks: torch.Tensor, batch_size: int, advance: Any
+) -> dict[str, float]:
+    """Losses of the second half of each block after the first: full cache, the recipe's plan, the recipe."""
+    full = SharingPlan.full(recipe.plan.num_layers)
+    arms = {"full cache": full, "the recipe's plan": recipe.plan, "the recipe": recipe}
+    losses = {}
+    training = model.training
+    model.eval()
+    for name, how in arms.items():
+        options = {"batch_size": batch_size, "advance": advance}
+        found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, **options)
+        losses[name] = sum(found) / len(found)
+    model.train(training)
+    return losses
 
 
 def _sampler(text: str, plan: SharingPlan, recipe: AdaptConfig, is_ordinary: bool) -> Sampler | None:

@@ -197,6 +197,12 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
             "text": ", ".join(data),
             "held out from training": "yes" if top.flag("held_out") else "no",
             "blocks of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
+            **(
+                {"tokens of each block read as a prompt": f"{top.whole('streamed_prompt'):,}, others through the cache"}
+                if "streamed_prompt" in top
+                else {}
+            ),
+            **{row.text("label"): row.object("cache_recipe").text("words") for row in rows if "cache_recipe" in row},
             "dtype": top.text("dtype"),
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
