@@ -22,7 +22,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each `[batch, kv_heads, tokens, head_dim]`."""
 
 Noise = Callable[[int, Pair], Pair]
-"""From a layer and its pair to what its readers see. Must give the same for the same pair: a layer may be recomputed."""
+"""From a layer and its pair to what its readers see. The same in must give the same out: layers may be recomputed."""
 
 
 class Step:

@@ -207,8 +207,8 @@ def bench_grid(
 def bench(
     model: nn.Module, plan: How, config: BenchConfig, progress: Callable[[int], None] | None = None
 ) -> BenchResult:
-    """Measure `model` as it is and under `plan`, which may be a recipe, in turns. `progress` is called with 1 after each of
-    `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
+    """Measure `model` as it is and under `plan`, which may be a recipe, in turns. `progress` is called with 1 after
+    each of `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
 
     Raises:
         PlanError: the plan does not fit, or the model is shared already.

@@ -58,9 +58,7 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         """Route `model`; `on_train_begin` does it where nobody has."""
         sampler = independent(self.sampler, rank) if self.independent_maps else self.sampler
         # a rank waits for gradients of every weight: none may be left out in a step
-        self.routing = route(
-            model, sampler, only_in_training=True, skip_unread=world_size == 1, noise=self.noise
-        )
+        self.routing = route(model, sampler, only_in_training=True, skip_unread=world_size == 1, noise=self.noise)
         return self.routing
 
     def detach(self) -> None:

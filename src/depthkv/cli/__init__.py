@@ -18,10 +18,10 @@ from depthkv.cli.bench import bench_command
 from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.generate import generate_command
+from depthkv.cli.handmade import recipe_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
-from depthkv.cli.recipe import recipe_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.train import adapt_command
@@ -35,6 +35,7 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")}
+_SEVERAL["--recipe"] = re.compile(r".+\.json")
 _SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
 """Options that may be followed by several values where a command takes them more than once, and what those look like:
 the argument after them could be MODEL."""

@@ -45,7 +45,8 @@ def bench_command(
 ) -> None:
     """Time to first token, decoding speed and memory, with the full and the shared cache in turns.
 
-    Every plan and recipe is measured with every prompt length and batch size, beside what this machine allows (roofline).
+    Every plan and recipe is measured with every prompt length and batch size, beside what this machine allows
+    (roofline).
 
     Without --plan, --recipe or --retention, the checkpoint's own plan is measured, or every second layer.
     """

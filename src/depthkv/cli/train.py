@@ -14,23 +14,20 @@ from depthkv.adapt import AdaptConfig, discard_state
 from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
-from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, StagesResult, estimate, train_in_stages
+from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
 from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
-from depthkv.compress.measure import streamed_losses
+from depthkv.cli.training import cache_losses, draw, qa_table, show_estimate, training_figures
 from depthkv.compress.noise import recipe_noise
-from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
-from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
-from depthkv.evaluate.qa import QAScores, evaluate_qa
-from depthkv.memory import format_bytes
+from depthkv.evaluate import retention_curve, spread_blocks
+from depthkv.evaluate.qa import evaluate_qa
 from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question, collate, encode, read_squad, split_articles
-from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.routing import Sampler
 from depthkv.samplers import SAMPLERS, FullCache, parse_sampler
 
@@ -57,7 +54,9 @@ def adapt_command(
     plan: inputs.PlanFile = None,
     recipe_file: Annotated[
         Path | None,
-        typer.Option("--recipe", metavar="FILE", help="A recipe.json: its plan, and training with the noise of its bits."),
+        typer.Option(
+            "--recipe", metavar="FILE", help="A recipe.json: its plan, and training with the noise of its bits."
+        ),
     ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
@@ -236,7 +235,7 @@ def adapt_command(
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, recipe, blocks)
     if dry_run:
-        _show_estimate(loaded, work, recipe, stages, json_file)
+        show_estimate(loaded, work.examples, recipe, stages, json_file)
         return
 
     def curve(what: str, measured: Any) -> list[Any]:
@@ -257,7 +256,7 @@ def adapt_command(
         if recipe.cache_recipe is None or work.blocks is None:
             return {}
         with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
-            return _through_cache(measured, recipe.cache_recipe, work.blocks, batch_size, advance)
+            return cache_losses(measured, recipe.cache_recipe, work.blocks, batch_size, advance)
 
     state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
@@ -295,8 +294,8 @@ def adapt_command(
         save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
     if recipe.cache_recipe is not None:
         recipe.cache_recipe.save(out / "recipe.json")
-    _draw(out, result, recipe, chosen, kinds, before, after)
-    figures = _figures(result, recipe, before, after)
+    draw(out, result, recipe, chosen, kinds, before, after)
+    figures = training_figures(result, recipe, before, after)
     if streamed[0]:
         names = streamed[0]
         figures["through_cache"] = [
@@ -311,7 +310,7 @@ def adapt_command(
         state.rmdir()
     shown = console()
     if after and work.questions:
-        shown.print(_qa_table(before, after))
+        shown.print(qa_table(before, after))
     elif after:
         shown.print(curve_table(after, len(kinds), before))
     if streamed[0]:
@@ -326,23 +325,6 @@ def adapt_command(
         f"checkpoint, plan.json and pictures are in {out}",
         markup=False,
     )
-
-
-def _through_cache(
-    model: Any, recipe: CacheRecipe, blocks: torch.Tensor, batch_size: int, advance: Any
-) -> dict[str, float]:
-    """Losses of the second half of each block after the first: full cache, the recipe's plan, the recipe."""
-    full = SharingPlan.full(recipe.plan.num_layers)
-    arms = {"full cache": full, "the recipe's plan": recipe.plan, "the recipe": recipe}
-    losses = {}
-    training = model.training
-    model.eval()
-    for name, how in arms.items():
-        options = {"batch_size": batch_size, "advance": advance}
-        found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, **options)
-        losses[name] = sum(found) / len(found)
-    model.train(training)
-    return losses
 
 
 def _sampler(text: str, plan: SharingPlan, recipe: AdaptConfig, is_ordinary: bool) -> Sampler | None:
@@ -405,72 +387,3 @@ def _read_task(task: str, data: list[str], tokenizer: Any, recipe: AdaptConfig, 
     stride = max(1, len(held) // blocks) if blocks else len(held)
     chosen = held[::stride][:blocks] if blocks else []
     return _Task(examples=examples, blocks=None, questions=chosen, collate=lambda rows: collate(rows, pad))
-
-
-def _show_estimate(loaded: Any, work: _Task, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
-    examples = work.examples
-    if not isinstance(examples, torch.Tensor):  # questions: as if all were as long as the longest
-        longest = max(examples, key=lambda example: len(example["input_ids"]))
-        examples = longest["input_ids"][None]
-    found = estimate(loaded, examples, recipe, stages)
-    shown = console()
-    rows = {
-        "weights": found.weight_bytes,
-        "gradients": found.gradient_bytes,
-        "optimizer": found.optimizer_bytes,
-        "activations": found.activation_bytes,
-    }
-    first = f"{found.num_finetuned:,} parameters train first, then " if found.num_finetuned else ""
-    shown.print(f"{first}{found.num_trained:,} parameters train in the routed stage")
-    for name, size in rows.items():
-        shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
-    shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
-    shown.print(f"one step     {found.seconds_per_step:.2f} s, {recipe.tokens_per_step:,} tokens")
-    if found.num_steps is not None:
-        minutes = found.num_steps * found.seconds_per_step / 60
-        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
-    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
-
-
-def _draw(
-    out: Path,
-    result: StagesResult,
-    recipe: AdaptConfig,
-    chosen: SharingPlan,
-    kinds: Any,
-    before: list[Any],
-    after: list[Any],
-) -> None:
-    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
-    plot_loss(tokens_at, result.routed.losses, out / "loss.png")
-    plot_plan(chosen, out / "plan.png", kinds)
-    if after and isinstance(after[0], CurveRow):
-        plot_retention({"before": before, "after": after}, out / "retention.png")
-
-
-def _figures(result: StagesResult, recipe: AdaptConfig, before: list[Any], after: list[Any]) -> dict[str, Any]:
-    return {
-        "steps": result.routed.steps,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_second": result.routed.tokens_per_second,
-        "num_trained": result.routed.num_trained,
-        "learning_rate": recipe.learning_rate,
-        "rows_before": [row.to_dict() for row in before],
-        "rows": [row.to_dict() for row in after],
-        "curves": list(result.routed.curves),
-        "finetune_losses": list(result.finetuned.losses) if result.finetuned is not None else [],
-        "losses": list(result.routed.losses),
-    }
-
-
-def _qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
-    for heading in ("retention", "F1", "exact match", "ROUGE-L"):
-        table.add_column(heading, justify="right")
-    for old, new in zip(before, after, strict=True):
-        pairs = ((old.f1, new.f1), (old.exact_match, new.exact_match), (old.rouge_l, new.rouge_l))
-        table.add_row(f"{new.retention:.0%}", *(f"{a:.1f} -> {b:.1f}" for a, b in pairs))
-    return table

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from depthkv.architectures import LayerKind
 from depthkv.attention import Noise, Pair
-from depthkv.compress.packing import fake_quantize
+from depthkv.compress.quantization import Bits, fake_quantize
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.errors import RecipeError
 
@@ -36,9 +37,9 @@ def recipe_noise(recipe: CacheRecipe, kinds: Sequence[LayerKind]) -> Noise:
         key_bits, value_bits = recipe.bits.get(layer, fewest)
         keys, values = pair
         if key_bits != 16:
-            keys = fake_quantize(keys, key_bits, recipe.group_size, "tokens")  # type: ignore[arg-type]
+            keys = fake_quantize(keys, cast(Bits, key_bits), recipe.group_size, "tokens")
         if value_bits != 16:
-            values = fake_quantize(values, value_bits, recipe.group_size, "channels")  # type: ignore[arg-type]
+            values = fake_quantize(values, cast(Bits, value_bits), recipe.group_size, "channels")
         return keys, values
 
     return noise

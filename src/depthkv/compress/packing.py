@@ -73,13 +73,3 @@ def keep_groups(t: torch.Tensor, index: torch.Tensor, groups: int) -> torch.Tens
     parts = t.reshape(batch, heads, groups, rows // groups * width)
     kept = parts.gather(2, index[..., None].expand(*index.shape, parts.shape[3]))
     return kept.view(batch, heads, -1 if index.shape[2] else 0, width)
-
-
-def fake_quantize(x: torch.Tensor, bits: int, group_size: int, along: Along) -> torch.Tensor:
-    rest = x.shape[2] % group_size if along == "tokens" else 0
-    with torch.no_grad():
-        parts = [PackedTensor.pack(x[:, :, : x.shape[2] - rest], bits=bits, group_size=group_size, along=along).unpack()]
-        if rest:
-            parts.append(PackedTensor.pack(x[:, :, x.shape[2] - rest :], bits=bits, group_size=rest, along=along).unpack())
-        noisy = torch.cat(parts, dim=2)
-    return noisy + (x - x.detach())
