@@ -230,9 +230,7 @@ def _show(figures: dict[str, Any]) -> None:
         if row["cache_recipe"] is not None:
             out.print(f"{row['label']}: {row['cache_recipe']['words']}", markup=False, soft_wrap=True)
     if "loss" in first and (prompt := figures["streamed_prompt"]) is not None:
-        read = (
-            f"of each block, {prompt} tokens were read as a prompt; the loss is of the others, read through the cache"
-        )
+        read = f"{prompt} tokens of each block were read as a prompt; the loss is of the others, through the cache"
         out.print(read, style="dim", soft_wrap=True)
     if any((row["loss_score"]["difference_high"] or 0.0) < 0 for row in rows if "loss" in row):
         out.print(BETTER_THAN_FULL, markup=False, soft_wrap=True)

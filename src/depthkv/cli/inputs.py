@@ -138,7 +138,7 @@ Texts = Annotated[
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]
 RecipeFile = Annotated[
     Path | None,
-    typer.Option("--recipe", metavar="FILE", help="A recipe.json: a plan, and bits and tokens of its caches."),
+    typer.Option("--recipe", metavar="FILE", help="A recipe.json: a plan, bits and tokens of its caches."),
 ]
 RecipeFiles = Annotated[
     list[Path] | None, typer.Option("--recipe", metavar="FILE", help="A recipe.json. Repeat it for several.")

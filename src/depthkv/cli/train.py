@@ -54,9 +54,7 @@ def adapt_command(
     plan: inputs.PlanFile = None,
     recipe_file: Annotated[
         Path | None,
-        typer.Option(
-            "--recipe", metavar="FILE", help="A recipe.json: its plan, and training with the noise of its bits."
-        ),
+        typer.Option("--recipe", metavar="FILE", help="A recipe.json: its plan, training with noise of its bits."),
     ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
@@ -165,8 +163,9 @@ def adapt_command(
 ) -> None:
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
-    DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After Ctrl-C or a kill
-    the same command goes on where it stopped. Under torchrun or accelerate launch, processes share the batches.
+    DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After
+    Ctrl-C or a kill the same command goes on where it stopped. Under torchrun or accelerate launch, processes share
+    the batches.
     """
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)

@@ -24,13 +24,16 @@ def cache_losses(
 ) -> dict[str, float]:
     """Losses of the second half of each block after the first: full cache, the recipe's plan, the recipe."""
     full = SharingPlan.full(recipe.plan.num_layers)
-    arms = {"full cache": full, "the recipe's plan": recipe.plan, "the recipe": recipe}
+    arms: dict[str, SharingPlan | CacheRecipe] = {
+        "full cache": full,
+        "the recipe's plan": recipe.plan,
+        "the recipe": recipe,
+    }
     losses = {}
     training = model.training
     model.eval()
     for name, how in arms.items():
-        options = {"batch_size": batch_size, "advance": advance}
-        found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, **options)
+        found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, batch_size=batch_size, advance=advance)
         losses[name] = sum(found) / len(found)
     model.train(training)
     return losses

@@ -140,7 +140,7 @@ def reading(
             config: Any = model.config
             cache = DynamicCache(config=config) if make_cache is None else make_cache(config)  # type: ignore[no-untyped-call, unused-ignore]
             prompt, rest = tokens[:, : prompt_tokens or 0], tokens[:, prompt_tokens or 0 : -1]
-            pieces = [piece for piece in (prompt, *rest.split(PIECE, dim=1)) if piece.shape[1]]
+            pieces = [piece for piece in (prompt, *torch.split(rest, PIECE, dim=1)) if piece.shape[1]]
             parts = [forward({"input_ids": piece, "past_key_values": cache, "use_cache": True}) for piece in pieces]
             if prompt_tokens is not None:
                 parts[0] = parts[0][:, -1:]
