@@ -69,13 +69,15 @@ def evaluate_command(
     Perplexity by default. `depthkv report` makes a page of the JSON file.
     """
     inputs.refuse_both(plan, retention)
+    if recipe and block_size < 2:
+        raise DepthKVError(f"--block-size: expected at least 2 with --recipe, got {block_size}")
     suites = _suites(suite, questions)
     lengths = tuple(dict.fromkeys(length or (512, 1024)))
     settings = EvaluateConfig(
         suites=suites,
         block_size=block_size,
         blocks=blocks,
-        streamed_prompt=max(1, block_size // 2) if recipe else None,
+        streamed_prompt=block_size // 2 if recipe else None,
         batch_size=batch_size,
         prompts=prompts,
         prompt_tokens=min(64, block_size),
