@@ -79,9 +79,7 @@ def test_generate(name: str, model: Path, recipes: Path, tmp_path: Path, capsys:
     assert run("report", out, "--out", tmp_path / "r.html") == 0
 
 
-def test_evaluate(
-    model: Path, recipes: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate(model: Path, recipes: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--data", text, "--block-size", 48, "--blocks", 3, "--all-text", "--json", tmp_path / "e.json")
     suites = ("--suite", "perplexity", "agreement", "generation", "--prompts", 2, "--new-tokens", 20)
     several = ("--recipe", recipes / "bits.json", recipes / "few.json")
@@ -245,7 +243,14 @@ BAD_INPUT: dict[str, Case] = {
         "o.json: expected a recipe for 4 layers, got one for 6",
     ),
     "recipe with bits that there are not": (
-        lambda m, t, r, d: ["generate", m, "--prompt", "a", "--recipe", written(d / "b.json", _dict() | {"key_bits": 3})],
+        lambda m, t, r, d: [
+            "generate",
+            m,
+            "--prompt",
+            "a",
+            "--recipe",
+            written(d / "b.json", _dict() | {"key_bits": 3}),
+        ],
         "b.json: expected key_bits to be one of 16, 8, 4, 2, got 3",
     ),
     "training with a recipe that quantises nothing": (

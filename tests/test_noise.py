@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model as tiny_family
 
 from depthkv import RandomCrossLayer, SharingPlan, route
 from depthkv.adapt import AdaptConfig, adapt
@@ -16,6 +15,7 @@ from depthkv.attention import Pair
 from depthkv.compress import CacheRecipe, recipe_noise
 from depthkv.compress.quantization import fake_quantize
 from depthkv.errors import CheckpointError, PlanError, RecipeError
+from families import tiny_model as tiny_family
 from tiny import LAYERS, tiny_model
 
 PLAN = SharingPlan.every(2, LAYERS)
@@ -31,7 +31,12 @@ def pair() -> Pair:
 def test_each_source_gets_its_bits() -> None:
     noise = recipe_noise(RECIPE, layer_kinds(tiny_model().config))
     keys, values = pair()
-    for layer, key_bits, value_bits in ((0, 8, 2), (2, 2, 16), (1, 2, 2), (3, 2, 2)):  # 1 and 3 lead nowhere: the fewest
+    for layer, key_bits, value_bits in (
+        (0, 8, 2),
+        (2, 2, 16),
+        (1, 2, 2),
+        (3, 2, 2),
+    ):  # 1 and 3 lead nowhere: the fewest
         found = noise(layer, (keys, values))
         expected_values = values if value_bits == 16 else fake_quantize(values, 2, 8, "channels")
         assert torch.equal(found[0], fake_quantize(keys, key_bits, 8, "tokens"))  # type: ignore[arg-type]

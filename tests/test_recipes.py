@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, NUM_LAYERS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, PreTrainedModel
@@ -22,6 +21,7 @@ from depthkv.compress.packing import PackedTensor
 from depthkv.compress.reference import reference_recipe_logits
 from depthkv.errors import CacheMismatchError, PlanError, RecipeError
 from depthkv.memory import measured_cache_bytes
+from families import CONFIGS, NUM_LAYERS, tiny_model
 
 SMALL: dict[str, Any] = {"group_size": 8, "sinks": 2, "recent": 6}
 AXES: dict[str, dict[str, Any]] = {
