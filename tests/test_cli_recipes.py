@@ -77,6 +77,7 @@ def test_generate(name: str, model: Path, recipes: Path, tmp_path: Path, capsys:
     assert found["full_cache_bytes"] == cache_bytes(loaded.config, loaded.dtype, lengths[-1])
     assert recipe.describe() in shown and "times smaller" in shown
     assert run("report", out, "--out", tmp_path / "r.html") == 0
+    assert recipe.describe() in (tmp_path / "r.html").read_text()
 
 
 def test_evaluate(model: Path, recipes: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
