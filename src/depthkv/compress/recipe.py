@@ -194,15 +194,10 @@ class CacheRecipe:
             parts.append(f"at most {self.tokens:,} tokens by {self.rule_name}")
         return "; ".join(parts)
 
-    # Files
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON object that `save` writes."""
-        if not isinstance(self.rule, str):
-            raise RecipeError(f"expected a rule among {', '.join(RULES)} to write a recipe, got {self.rule_name}")
+    def figures(self) -> dict[str, Any]:
+        """For JSON files of figures: `describe()` in `words`, and the values that make up the recipe."""
         return {
-            "format": FORMAT,
-            "version": VERSION,
+            "words": self.describe(),
             "kv_source_layers": list(self.plan.kv_source_layers),
             "key_bits": list(self.key_bits) if isinstance(self.key_bits, tuple) else self.key_bits,
             "value_bits": list(self.value_bits) if isinstance(self.value_bits, tuple) else self.value_bits,
@@ -210,9 +205,17 @@ class CacheRecipe:
             "sinks": self.sinks,
             "recent": self.recent,
             "tokens": self.tokens,
-            "rule": self.rule,
-            "provenance": dict(self.provenance),
+            "rule": self.rule_name,
         }
+
+    # Files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object that `save` writes."""
+        if not isinstance(self.rule, str):
+            raise RecipeError(f"expected a rule among {', '.join(RULES)} to write a recipe, got {self.rule_name}")
+        values = {key: value for key, value in self.figures().items() if key != "words"}
+        return {"format": FORMAT, "version": VERSION, **values, "provenance": dict(self.provenance)}
 
     @classmethod
     def from_dict(cls, data: object) -> CacheRecipe:
