@@ -304,3 +304,45 @@ def test_bad_input_of_the_command(model: Path, tmp_path: Path, capsys: pytest.Ca
         assert error.count("\n") == 1 and not out.exists()
     assert sorted(path.name for path in model.iterdir()) == before
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+# The benchmark
+
+
+def test_the_benchmark_and_its_tables(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import from_scratch
+    import heads
+    import tables
+
+    sizes = dict(num_hidden_layers=4, hidden_size=16, intermediate_size=24, num_attention_heads=4)
+    monkeypatch.setitem(from_scratch.SIZES, "small", sizes)
+    (tmp_path / "text").mkdir()
+    for number in range(12):
+        tiny_text(tmp_path / "text" / f"{number}.txt", num_words=600, seed=number)
+    common = ["--data", str(tmp_path / "text"), "--block-size", "32", "--blocks", "2", "--batch-size", "2"]
+    common += ["--tokens", "128", "--device", "cpu", "--out", str(tmp_path / "heads.jsonl")]
+    for recipe in ("layers", "adapter"):
+        heads.main(["adapt", "--model", str(model), "--kv-heads", "1", "--recipe", recipe, *common])
+    heads.main(["scratch", "--heads", "4", "1", "--vocab-size", "300", "--more", ".5", *common])
+    monkeypatch.setattr(tables, "RAW", tmp_path)
+    adapted = [line.split(" | ") for line in tables.heads().splitlines()[2:]]
+    # 2 heads in 4, 2 and 1 layers, and one head in as many
+    assert [line[1:4] for line in adapted[:6]] == [
+        ["2 KV heads", "4 of 4", "256"],
+        ["2 KV heads merged into 1", "4 of 4", "128"],
+        ["2 KV heads", "2 of 4", "128"],
+        ["2 KV heads merged into 1", "2 of 4", "64"],
+        ["2 KV heads", "1 of 4", "64"],
+        ["2 KV heads merged into 1", "1 of 4", "32"],
+    ]
+    assert len(adapted) == 12
+    made = [line.strip("| ").split(" | ") for line in tables.heads_scratch().splitlines()]
+    assert made[0][3:] == ["4 of 4 layers", "2 of 4 layers", "1 of 4 layers"]
+    assert [line[0] for line in made[2:]] == [
+        "4 KV heads from scratch",
+        "1 KV head from scratch",
+        "4 KV heads, trained on",
+        "4 KV heads, merged into 1, trained on",
+    ]
+    assert "then" in made[4][3] and "then" not in made[3][3]
