@@ -19,6 +19,7 @@ from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.generate import generate_command
 from depthkv.cli.handmade import recipe_command
+from depthkv.cli.heads import merge_heads_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
+app.command("merge-heads", short_help="Fewer KV heads, to be adapted.")(merge_heads_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
 app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)
