@@ -42,9 +42,7 @@ class Made:
         self.asked: list[CacheRecipe] = []
 
     def excess(self, recipe: CacheRecipe) -> float:
-        keys, values = (
-            [pair[side] for pair in recipe.bits.values()] for side in (0, 1)
-        )
+        keys, values = ([pair[side] for pair in recipe.bits.values()] for side in (0, 1))
         # leader l is worth l + 1
         worth = np.arange(1, len(keys) + 1) / np.arange(1, len(keys) + 1).sum()
         parts = [
@@ -242,5 +240,5 @@ def test_refusals() -> None:
         space_of(plans=[SharingPlan.every(2, 4)])
     with pytest.raises(RecipeError, match="texts of 1 to 512 tokens"):
         space_of(measured_tokens=1024)
-    with pytest.raises(RecipeError, match="budget of at least .* for bits, got"):
+    with pytest.raises(RecipeError, match=r"budget of at least .* for bits, got"):
         choose_recipe(space_of(("bits",)), Made(), FULL // 16)

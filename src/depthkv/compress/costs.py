@@ -151,7 +151,7 @@ class JointCosts:
 
     def _kernel(self, places: np.ndarray) -> np.ndarray:
         apart = np.abs(places[:, None] - self._places[None]).sum(axis=2)
-        return np.exp(-apart / _REACH)
+        return np.asarray(np.exp(-apart / _REACH))
 
     def predict(self, recipes: Sequence[CacheRecipe]) -> np.ndarray:
         """Excess of each, nats per token, `[recipes]`."""
@@ -160,8 +160,8 @@ class JointCosts:
         effects = np.array([self.effects(recipe) for recipe in recipes])
         parts = effects.sum(axis=1) + _terms(effects, self.form) @ self.coefficients
         places = np.array([self._coordinates(recipe) for recipe in recipes])
-        found: np.ndarray = parts + (self._kernel(places) @ self._weights if self._known else 0.0)
-        return found
+        rest = self._kernel(places) @ self._weights if self._known else np.zeros(len(recipes))
+        return np.asarray(parts + rest)
 
 
 def _terms(effects: np.ndarray, form: str) -> np.ndarray:

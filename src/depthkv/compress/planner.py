@@ -51,7 +51,7 @@ class MeasuredRecipe:
     predicted: float | None
     """Excess that was predicted before it was measured; None where nothing was."""
     reason: str
-    """Why it was measured: "full", "rule", "alone", "combined", "leader", "predicted" or "mixed"."""
+    """Why it was measured: "full", "rule", "alone", "combined", "known", "leader", "predicted" or "mixed"."""
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Space:
         shared = sorted({plan for plan in plans if not plan.is_full}, key=lambda p: (-len(p.leaders), p.leaders))
         self.plans = (full, *(shared if "depth" in self.axes else ()))
         """The full cache first, then with fewer and fewer leaders."""
-        self.group_size = max(8, min(32, 2 ** int(np.log2(max(1, self.measured_tokens // 16)))))
+        self.group_size = 32 if self.measured_tokens >= 512 else 16 if self.measured_tokens >= 256 else 8
         self._sizes: dict[tuple[int | None, str, LayerKind, tuple[int, int]], np.ndarray] = {}
 
     def replaced(self, *, axes: Iterable[str] | None = None, rule: str | None = None) -> Space:
@@ -165,9 +165,7 @@ class Space:
                 few = set(order[:number])
                 pairs = [low if i in few else high for i in range(len(leaders))]
                 keys, values = (tuple(pair[side] for pair in pairs) for side in (0, 1))
-                found.append(
-                    (keys[0] if len(set(keys)) == 1 else keys, values[0] if len(set(values)) == 1 else values)
-                )
+                found.append((keys[0] if len(set(keys)) == 1 else keys, values[0] if len(set(values)) == 1 else values))
         return found
 
     def candidates(self, limit: int, sensitivity: dict[int, float] | None = None) -> list[CacheRecipe]:
@@ -226,7 +224,7 @@ class Space:
         return self._sizes[key]
 
     def working_bytes(self, recipe: CacheRecipe) -> int:
-        """Most bytes of keys and values as they were computed that a step holds beside the cache, of compressed leaders.
+        """Most bytes of unpacked keys and values that a step holds beside the cache, of compressed leaders.
 
         A leader's pair lives until its last reader is done: of one whole prompt, or of what all sequences keep.
         """
