@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from depthkv.adaptive import Ladder
 from depthkv.architectures import LayerKind
 from depthkv.calibrate import Calibrator
 from depthkv.checkpoint import load
@@ -119,8 +120,9 @@ def choose_and_show(options: JointOptions) -> None:
             batch=options.batch,
             working=options.memory is not None,
         )
-        chosen = _choose(space, losses, limit, 24 if options.evaluations is None else options.evaluations)
-        rivals = _rivals(chosen, losses, limit, options.evaluations)
+        rivals = _rivals(space, losses, limit, options.evaluations)
+        known = [rival.chosen.best.recipe for rival in rivals if rival.chosen is not None]
+        chosen = _choose(space, losses, limit, 24 if options.evaluations is None else options.evaluations, known)
         held = _held_out(chosen, rivals, RecipeLosses(model, held_out, prompt_tokens, batch_size=options.batch_size))
     figures = {
         "model": options.model,
@@ -154,27 +156,28 @@ def read_ladder(files: Sequence[Path], kinds: tuple[LayerKind, ...]) -> list[Sha
 
 
 def nested_around(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> list[SharingPlan]:
-    """Smaller and larger plans, as far as the plan's provenance says.
+    """Smaller and larger plans, by what the plan's provenance says; without a word of it, smaller ones by a rule.
 
     Where it says only in which order leaders are given up, larger plans are made from that: each layer that still
     follows reads what it reads in the plan.
     """
-    written = [plan.provenance.get(name, []) for name in ("nested", "larger")]
-    order = plan.provenance.get("order", [])
-    if not all(isinstance(value, list) for value in (*written, order)):
-        raise PlanError("expected lists of nested plans and of layers in the plan's provenance, got something else")
-    found = [SharingPlan(sources) for sources in (*written[0], *written[1])]
-    if not written[1]:
-        gone: set[int] = set()
-        for layer in order:
-            if layer not in plan.followers:
-                break
-            gone.add(layer)
-            sources = [source if i in gone else i for i, source in enumerate(plan.kv_source_layers)]
-            found.append(SharingPlan(sources))
-    for entry in found:
-        check_plan(entry, kinds)
-    return [entry for entry in found if not entry.is_full]
+    ladder, found = Ladder.of(plan, kinds), []
+    sources = plan.kv_source_layers
+    while (below := ladder.smaller(sources)) is not None:
+        found.append(SharingPlan(sources := below))
+    larger = plan.provenance.get("larger", [])
+    if not isinstance(larger, list):
+        raise PlanError("expected a list of larger plans in the plan's provenance, got something else")
+    found += [SharingPlan(entry) for entry in larger]
+    gone: set[int] = set()
+    for layer in () if larger else ladder.order:
+        if layer not in plan.followers:
+            break
+        gone.add(layer)
+        found.append(SharingPlan([source if i in gone else i for i, source in enumerate(plan.kv_source_layers)]))
+    for made in found:
+        check_plan(made, kinds)
+    return found
 
 
 def _limit(options: JointOptions, dtype: torch.dtype, context: int) -> tuple[int, str]:
@@ -229,29 +232,32 @@ def _calibrated_ladder(
     return [plan for plan in planned.nested if not plan.is_full]
 
 
-def _choose(space: Space, losses: RecipeLosses, limit: int, evaluations: int) -> Chosen:
+def _choose(space: Space, losses: RecipeLosses, limit: int, evaluations: int, known: Sequence[CacheRecipe]) -> Chosen:
+    with bar("measuring recipes", _expected(space, limit, evaluations)) as advance:
+        return choose_recipe(space, losses, limit, evaluations=evaluations, known=known, advance=advance)
+
+
+def _expected(space: Space, limit: int, evaluations: int) -> int:
+    """Measurements of one search, about."""
     expected = 1 + len(alone(space, limit)) + len(combined(space, limit)) + evaluations
     expected += 2 * len(RULES) * bool(space.token_budgets())
-    expected += len(space.kinds) // 2 * ("bits" in space.axes)
-    with bar("measuring recipes", expected) as advance:
-        return choose_recipe(space, losses, limit, evaluations=evaluations, advance=advance)
+    return expected + len(space.kinds) // 2 * ("bits" in space.axes)
 
 
-def _rivals(chosen: Chosen, losses: RecipeLosses, limit: int, evaluations: int | None) -> list[Rival]:
+def _rivals(space: Space, losses: RecipeLosses, limit: int, evaluations: int | None) -> list[Rival]:
     """The best recipe of each axis alone."""
-    if len(chosen.space.axes) == 1:
+    if len(space.axes) == 1:
         return []
     rivals = []
     number = RIVAL_EVALUATIONS if evaluations is None else min(RIVAL_EVALUATIONS, evaluations)
-    with bar("single axes", len(chosen.space.axes)) as advance:
-        for axis in chosen.space.axes:
-            space = chosen.space.replaced(axes=(axis,))
+    for axis in space.axes:
+        own = space.replaced(axes=(axis,))
+        with bar(f"{axis} alone", _expected(own, limit, number)) as advance:
             try:
-                found = choose_recipe(space, losses, limit, evaluations=number, rule=chosen.space.rule)
+                found = choose_recipe(own, losses, limit, evaluations=number, advance=advance)
             except RecipeError:
                 found = None
-            rivals.append(Rival(label=f"{axis} alone", chosen=found))
-            advance(1)
+        rivals.append(Rival(label=f"{axis} alone", chosen=found))
     return rivals
 
 

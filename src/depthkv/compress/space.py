@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -131,7 +132,7 @@ class Space:
         if recipe.tokens is None or self.measured_tokens == self.context:
             return recipe
         tokens = max(SINKS + 2 * self.group_size, round(recipe.tokens * self.measured_tokens / self.context))
-        return self.recipe(recipe.plan, recipe.key_bits, recipe.value_bits, tokens)
+        return replace(recipe, tokens=tokens)
 
     def token_budgets(self) -> list[int]:
         """`FRACTIONS` of the context that can be measured, descending."""
