@@ -1,7 +1,8 @@
 """Loss and answers against bytes for depth alone, bits alone, tokens alone, every pair, and all three.
 
 For every subset of the axes and every size (so many times smaller than the full cache of one sequence of --context
-tokens) the joint planner chooses a recipe by training documents; its loss is measured on held-out ones. Recipes of
+tokens) the joint planner chooses a recipe by training documents (or, with --validation, half of
+the held-out ones); its loss is measured on held-out ones. Recipes of
 smaller subsets are known to the larger ones. One JSON line per subset and size is appended to --out; what is there is
 not done again, and all losses are kept in --keep, so a run that was stopped goes on.
 
@@ -23,7 +24,7 @@ from typing import Any
 from depthkv import load, share
 from depthkv.architectures import layer_kinds
 from depthkv.cli.plan import text_blocks
-from depthkv.cli.recipe import read_ladder
+from depthkv.cli.recipe import halves_of_held_out, read_ladder
 from depthkv.compress.figures import plain
 from depthkv.compress.losses import RecipeLosses
 from depthkv.compress.planner import Chosen, choose_recipe, subsets
@@ -50,6 +51,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--held-out-blocks", type=int, default=16)
+    parser.add_argument(
+        "--validation", action="store_true", help="choose on half of the held-out documents, compare on the others"
+    )
     parser.add_argument("--prompt-share", type=float, default=0.75)
     parser.add_argument("--evaluations", type=int, default=12, help="of each subset and size")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -66,6 +70,8 @@ def main() -> None:
     model, tokenizer, _ = load(args.model, dtype=args.dtype, device=args.device)
     model.eval()
     documents = {name: split_documents(resolve_data(name)) for name in args.data}
+    if args.validation:  # a model that knows the training text by heart says nothing on it
+        documents = {name: halves_of_held_out(name, parts[1]) for name, parts in documents.items()}
     training, _ = text_blocks(documents, 0, tokenizer, args.context, args.blocks)
     held_out, held_names = text_blocks(documents, 1, tokenizer, args.context, args.held_out_blocks)
     prompt = round(args.prompt_share * args.context)
@@ -81,6 +87,7 @@ def main() -> None:
         "model": args.model,
         "context": args.context,
         "full_bytes": full_bytes,
+        "chosen_on": "validation" if args.validation else "training",
         "blocks": [len(training), len(held_out)],
         "dtype": args.dtype,
         "environment": environment(next(model.parameters()).device),

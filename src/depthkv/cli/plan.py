@@ -103,6 +103,14 @@ def plan_command(
         Path | None,
         option("--losses", json_path, "FILE", "Keeps losses of recipes.  [default: OUT with .losses.json]"),
     ] = None,
+    validation: Annotated[
+        bool,
+        typer.Option(
+            "--validation",
+            help="With --axes: choose on half of the held-out documents and compare on the others, for models that "
+            "were trained on the training documents.",
+        ),
+    ] = False,
     blocks: Annotated[int, option("--blocks", count, "N", "Training blocks on which layers are compared.")] = 64,
     cost_blocks: Annotated[int, option("--cost-blocks", count, "N", "Of these, on which losses are measured.")] = 8,
     held_out_blocks: Annotated[int, option("--held-out-blocks", count, "N", "To compare rules of choice on.")] = 16,
@@ -139,8 +147,9 @@ def plan_command(
     is_joint = chosen_axes != ("depth",)
     if is_joint and retention is not None:
         raise DepthKVError(f"expected --kv-budget or --memory with --axes {' '.join(chosen_axes)}, got --retention")
-    if not is_joint and (plan or losses is not None):
-        raise DepthKVError(f"expected more --axes than depth with {'--plan' if plan else '--losses'}, got none")
+    for name, is_set in (("--plan", plan), ("--losses", losses), ("--validation", validation)):
+        if is_set and not is_joint:
+            raise DepthKVError(f"expected more --axes than depth with {name}, got none")
     path = calibration or json_path(out.with_name(f"{out.stem}.calibration.json"))
     losses_path = losses or json_path(out.with_name(f"{out.stem}.losses.json"))
     files = {"--out": out, "--calibration": path, "--losses": losses_path if is_joint else None, "--json": json_file}
@@ -186,6 +195,7 @@ def plan_command(
                 evaluations=evaluations,
                 calibration=path,
                 losses=losses_path,
+                validation=validation,
                 blocks=blocks,
                 cost_blocks=cost_blocks,
                 held_out_blocks=held_out_blocks,

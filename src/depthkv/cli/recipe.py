@@ -24,6 +24,7 @@ from depthkv.compress.planner import Chosen, alone, choose_recipe, combined
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.rules import RULES
 from depthkv.compress.space import Space
+from depthkv.data import Document, split_documents
 from depthkv.errors import DepthKVError, PlanError, RecipeError
 from depthkv.machine import environment
 from depthkv.memory import device_room, format_bytes
@@ -67,6 +68,7 @@ class JointOptions:
     evaluations: int | None
     calibration: Path
     losses: Path
+    validation: bool
     blocks: int
     cost_blocks: int
     held_out_blocks: int
@@ -97,10 +99,18 @@ def choose_and_show(options: JointOptions) -> None:
     if options.dtype != "auto":  # else bytes depend on the dtype of the weights
         _limit(options, inputs.DTYPES[options.dtype], context)
     texts = inputs.split_texts(options.data)
+    if options.validation:
+        texts = {name: halves_of_held_out(name, parts[1]) for name, parts in texts.items()}
     with waiting(f"loading {options.model}"):
-        model, tokenizer, _ = load(options.model, dtype=options.dtype, device=options.device, progress=show)
+        model, tokenizer, trained_for = load(options.model, dtype=options.dtype, device=options.device, progress=show)
         training, _ = text_blocks(texts, 0, tokenizer, tokens, options.cost_blocks)
         held_out, documents = text_blocks(texts, 1, tokenizer, tokens, options.held_out_blocks)
+    seen = None if trained_for is None else trained_for.provenance.get("data")
+    if not options.validation and seen is not None and set(texts) & set(seen if isinstance(seen, list) else [seen]):
+        show(
+            "the model was trained on documents that the recipe is chosen on, where fewer layers cost it less than "
+            "elsewhere: --validation chooses on others"
+        )
     limit, words = _limit(options, model.dtype, context)
     prompt_tokens = max(1, min(tokens - 1, round(PROMPT_SHARE * tokens)))
     begun = options.losses.exists()
@@ -139,6 +149,16 @@ def choose_and_show(options: JointOptions) -> None:
     _with_provenance(chosen.best.recipe, figures).save(options.out)
     write_json(options.json_file, figures)
     _show(figures, chosen, rivals, options.out)
+
+
+def halves_of_held_out(name: str, held_out: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Held-out documents to choose on and others to compare on.
+
+    Raises:
+        DataError: too little text for two halves.
+    """
+    with naming(f"--data {name}"):
+        return split_documents(held_out, held_out_fraction=0.5, seed=1)
 
 
 def read_ladder(files: Sequence[Path], kinds: tuple[LayerKind, ...]) -> list[SharingPlan]:

@@ -28,7 +28,7 @@ FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 turn, is taken."""
 
 _NOISE = 0.003
-"""Nats by which a measured excess is taken to be off at least, and `_SHARE` of itself."""
+"""Nats by which a measured excess is taken to be off at least, with `_SHARE` of itself and its standard error."""
 _SHARE = 0.1
 _PRIOR = 1.0
 """Spread of a pair's coefficient before anything is measured."""
@@ -42,14 +42,20 @@ class JointCosts:
     Args:
         space: that the recipes are from.
         measured: excess over the full cache; recipes with another rule are left out.
-        sensitivity: excess of leaders that are alone in few bits, for recipes with mixed bits.
+        sensitivity: what each leader counts in recipes with mixed bits, above zero; alike without.
+        errors: standard errors of the measured ones.
     """
 
     def __init__(
-        self, space: Space, measured: Mapping[CacheRecipe, float], sensitivity: Mapping[int, float] | None = None
+        self,
+        space: Space,
+        measured: Mapping[CacheRecipe, float],
+        sensitivity: Mapping[int, float] | None = None,
+        errors: Mapping[CacheRecipe, float] | None = None,
     ) -> None:
         self._space = space
         self._sensitivity = dict(sensitivity or {})
+        self._errors = dict(errors or {})
         self._context = space.context
         self.measured = {r: e for r, e in measured.items() if r.tokens is None or r.rule == space.rule}
         """What it knows."""
@@ -102,8 +108,7 @@ class JointCosts:
         curve = self._curves[effect]
         if isinstance(bits, int):
             return curve(math.log2(16 / bits))
-        alone = np.array([self._sensitivity.get(leader, 0.0) for leader in recipe.plan.leaders])
-        alone = np.maximum(alone, max(0.05 * float(alone.mean()), 1e-9))
+        alone = np.array([self._sensitivity.get(leader, 1.0) for leader in recipe.plan.leaders])
         each = np.array([curve(math.log2(16 / width)) for width in bits])
         return float((alone * each).sum() / alone.sum())
 
@@ -115,7 +120,7 @@ class JointCosts:
         effects = np.array([self.effects(recipe) for recipe in combined])
         excess = np.array([self.measured[recipe] for recipe in combined])
         rest = excess - effects.sum(axis=1)
-        weight = 1 / (_NOISE + _SHARE * np.abs(excess))
+        weight = 1 / np.array([self._noise(recipe, _SHARE) for recipe in combined])
         best: tuple[float, str, np.ndarray] | None = None
         for form in FORMS:
             terms = _terms(effects, form) * weight[:, None]
@@ -129,6 +134,11 @@ class JointCosts:
                 best = (error, form, coefficients)
         assert best is not None
         return best[1], best[2]
+
+    def _noise(self, recipe: CacheRecipe, share: float) -> float:
+        """Nats by which a measured excess is taken to be off what the parts can say."""
+        error = self._errors.get(recipe, 0.0)
+        return math.hypot(_NOISE + share * abs(self.measured[recipe]), error if math.isfinite(error) else 0.0)
 
     def sum_of_parts(self, recipe: CacheRecipe) -> float:
         """Effects and terms of pairs, without what was measured nearby."""
@@ -145,7 +155,7 @@ class JointCosts:
         self._places = np.array([self._coordinates(recipe) for recipe in known]).reshape(len(known), len(EFFECTS))
         residual = np.array([self.measured[recipe] - self.sum_of_parts(recipe) for recipe in known])
         gram = self._kernel(self._places)
-        noise = np.array([_NOISE + 0.3 * _SHARE * abs(self.measured[recipe]) for recipe in known])
+        noise = np.array([self._noise(recipe, 0.3 * _SHARE) for recipe in known])
         scale = max(float((residual**2).mean()) if len(known) else 0.0, 1e-12)
         self._weights = np.linalg.solve(gram + np.diag(noise**2 / scale + 1e-9), residual) if len(known) else residual
 

@@ -73,7 +73,7 @@ class Chosen:
     """In the order in which they were measured, the full cache first."""
     costs: JointCosts
     sensitivity: Mapping[int, float]
-    """Excess of leaders alone in 2 bits; empty where bits are not mixed."""
+    """What each leader of a plan counts, see `shrunk`; empty where bits are not mixed."""
     settled: bool
     """Whether nothing was expected to be better when the search ended."""
 
@@ -183,7 +183,8 @@ class _Search:
 
     def costs(self) -> JointCosts:
         known = {recipe: entry.excess for recipe, entry in self.found.items()}
-        return JointCosts(self.space, known, self.sensitivity)
+        errors = {recipe: entry.error for recipe, entry in self.found.items()}
+        return JointCosts(self.space, known, self.sensitivity, errors)
 
     def best(self) -> MeasuredRecipe:
         """Of those that fit and have only the space's axes."""
@@ -220,15 +221,28 @@ class _Search:
         return [order[0], *others[:1]]
 
     def measure_leaders(self, plan: SharingPlan) -> None:
-        """Excess of each leader of a plan alone in 2 bits, above the plan's own."""
+        """How much the loss rises above the plan's own with each leader alone in 2 bits."""
         self.measure([self.space.recipe(plan)], "leader")
-        own = self.found[self.space.recipe(plan)].losses
-        for leader in plan.leaders if len(plan.leaders) > 1 else ():
+        own = np.array(self.found[self.space.recipe(plan)].losses)
+        rises = []
+        for leader in plan.leaders:
             bits = tuple(2 if other == leader else 16 for other in plan.leaders)
             recipe = self.space.recipe(plan, bits, bits)
             self.measure([recipe], "leader")
-            losses = self.found[recipe].losses
-            self.sensitivity[leader] = statistics.fmean(losses) - statistics.fmean(own)
+            rises.append(np.array(self.found[recipe].losses) - own)
+        self.sensitivity = dict(zip(plan.leaders, shrunk(np.array(rises)), strict=True))
+
+
+def shrunk(rises: np.ndarray) -> list[float]:
+    """What each leader counts, from its rise of the loss on each block, `[leaders, blocks]`: mean rises, drawn to
+    their common mean as far as their differences may be chance, and none below a fifth of it; 1 each where all is."""
+    means = rises.mean(axis=1)
+    blocks, spread = rises.shape[1], float(means.var(ddof=1)) if len(means) > 1 else 0.0
+    chance = float(rises.var(axis=1, ddof=1).mean()) / blocks if blocks > 1 else 0.0
+    centre, kept = float(means.mean()), max(0.0, 1 - chance / spread) if spread > 0 else 0.0
+    if centre <= 0 or kept == 0:
+        return [1.0] * len(means)
+    return [float(max(centre + kept * (mean - centre), 0.2 * centre)) for mean in means]
 
 
 def _kind(recipe: CacheRecipe) -> tuple[int, int]:

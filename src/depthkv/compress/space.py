@@ -150,7 +150,7 @@ class Space:
 
         Args:
             plan: whose leaders.
-            sensitivity: loss of each leader alone in few bits; nothing is mixed where one of them is missing.
+            sensitivity: what each leader counts; nothing is mixed where one of them is missing.
         """
         leaders = plan.leaders
         if "bits" not in self.axes or not set(leaders) <= set(sensitivity) or len(leaders) < 2:

@@ -12,6 +12,7 @@ from depthkv.report.parts import (
     Cell,
     Chart,
     Facts,
+    Grid,
     Row,
     Section,
     Table,
@@ -30,7 +31,7 @@ Recipes = Mapping[str, RecipeFigures]
 """Files by their labels."""
 
 _HIGHEST = 1.5
-"""Recipes that lose so many times more than the worst compared one are not drawn."""
+"""Recipes that lose so many times more than the chosen one and the best single axis are not drawn."""
 
 
 def recipe_words(recipes: Recipes) -> list[str]:
@@ -55,17 +56,17 @@ def recipe_sections(recipes: Recipes) -> list[Section]:
 
 def _section(found: RecipeFigures, title: str, anchor: str) -> Section:
     recipe = found.rows[0].recipe
-    parts: list[Facts | Chart | Table] = [Facts(entries=_entries(found))]
+    charts = [_chart(found)]
     if not recipe.plan.is_full:
         diagram = plan_diagram(recipe.plan, title=f"The plan: {recipe.plan.diagram()}")
-        parts.append(Chart(svg=diagram, caption="Layers that keep a cache, and those that read it."))
-    parts += [_chart(found), _comparison(found), _front(found)]
+        charts.insert(0, Chart(svg=diagram, caption="Layers that keep a cache, and those that read it."))
+    parts = (Facts(entries=_entries(found)), Grid(parts=tuple(charts)), _comparison(found), _front(found))
     return Section(
         anchor=f"recipe-choice{anchor}",
         title=f"The recipe{title}",
-        intro="Which layers keep a cache, in how many bits, and how many tokens of it: chosen by measuring some recipes "
-        "and predicting the others. What is chosen was measured.",
-        parts=tuple(parts),
+        intro="Which layers keep a cache, in how many bits, and how many tokens of it. Chosen by measuring some "
+        "recipes and predicting the others; what is chosen was measured.",
+        parts=parts,
     )
 
 
@@ -93,7 +94,8 @@ def _entries(found: RecipeFigures) -> tuple[tuple[str, str, str], ...]:
 
 def _chart(found: RecipeFigures) -> Chart:
     """Loss against bytes: a line for the front, points for what saves on one, two or three axes."""
-    highest = max(_HIGHEST * max((row.measured for row in found.rows), default=0.0) - _HIGHEST * found.full_loss, 0.05)
+    losses = sorted(row.measured - found.full_loss for row in found.rows[1:])
+    highest = max(_HIGHEST * max(found.rows[0].measured - found.full_loss, *losses[:1]), 0.1)
     drawn = [entry for entry in found.measured if entry.excess <= highest]
     front = sorted((entry for entry in drawn if entry.on_front), key=lambda entry: -entry.bytes)
     groups: dict[str, list[MeasuredFigures]] = {}
