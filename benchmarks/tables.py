@@ -7,12 +7,15 @@ A marker is `<!-- table:NAME -->`, the end `<!-- /table -->`, and NAME a functio
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import gpu_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -372,6 +375,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "elastic": elastic,
     "router-cost": router_cost,
 }
+
+
+def gpu(name: str) -> str:
+    """One of gpu_tables.py."""
+    return table(*gpu_tables.TABLES[name](read("gpu.jsonl")))
+
+
+if (RAW / "gpu.jsonl").exists():
+    TABLES |= {name: functools.partial(gpu, name) for name in ("gpu-eager", "gpu-static", "gpu-largest", "gpu-train")}
 
 
 def fill(document: str) -> str:

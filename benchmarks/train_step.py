@@ -3,6 +3,7 @@
 All are whole steps (forward, backward, clipping, AdamW) of the same model on the same random tokens.
 
     python benchmarks/train_step.py --model builtin:smollm2-135m --steps 7
+    python benchmarks/train_step.py --shape qwen3-1.7b --device cuda --block-size 2048      # random weights
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from gpu_model import SHAPES, random_model
 from torch import nn
 
 from depthkv import RandomCrossLayer, load, route
@@ -69,6 +71,9 @@ def train_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape instead of a model")
+    parser.add_argument("--layers", type=int, help="fewer or more layers than the shape has")
+    parser.add_argument("--out", type=Path, help="add the figures to this file")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each kind")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -77,7 +82,10 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     args = parser.parse_args()
 
-    model, _, _ = load(args.model, dtype="float32", device=args.device)
+    if args.shape:
+        model = random_model(args.shape, args.device, torch.float32, args.layers)
+    else:
+        model, _, _ = load(args.model, dtype="float32", device=args.device)
     model.train()
     device = next(model.parameters()).device
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
@@ -111,7 +119,10 @@ def main() -> None:
 
     tokens_per_step = args.batch_size * args.block_size
     result: dict[str, object] = {
-        "model": args.model,
+        "run": "train",
+        "model": f"random weights, {args.shape}" if args.shape else args.model,
+        "layers": model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -133,6 +144,9 @@ def main() -> None:
             result[f"{arm}_{what}_ratio"] = statistics.median(ratios)
         shown = ", ".join(f"{what} {result[f'{arm}_{what}_ratio']:.3f}x" for what in ("time", "memory"))
         print(f"{arm} / ordinary: {shown}")
+    if args.out is not None:
+        with args.out.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
     print(json.dumps(result))
 
 

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from depthkv.cache import FollowerLayer, fit_cache
-from depthkv.compress.packing import PackedTensor
+from depthkv.compress.packing import PackedTensor, keep_groups
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.rules import Stored, Window
 from depthkv.errors import CacheMismatchError, RecipeError
@@ -209,14 +209,16 @@ class CompressedLayer(CacheLayerMixin):
         return valid
 
     def _evict(self, number: int) -> None:
-        """Drop `number` tokens of each sequence and head."""
+        """Drop `number` tokens of each sequence and head.
+
+        Of a prompt the tokens with the lowest scores. Later those packed groups whose tokens have the lowest mean: so
+        nothing is rounded twice.
+        """
         recipe = self.recipe
-        by_age = isinstance(recipe.eviction, Window) and self.valid is None
-        if by_age and self._num_packed >= number and self._tokens(self.sinks) == recipe.sinks:
-            # the oldest are the first that are packed: nothing else has to be unpacked or moved
-            assert self.packed is not None
-            self.packed = (_without_first(self.packed[0], number), _without_first(self.packed[1], number))
-            return
+        if self.packed is not None and self._num_packed >= number and isinstance(recipe.eviction, Window):
+            if self.valid is None:  # the oldest are the first that are packed: no need to unpack any
+                self.packed = (_without_first(self.packed[0], number), _without_first(self.packed[1], number))
+                return
         keys, values = self._unpacked()
         count = keys.shape[2]
         scores = recipe.eviction.scores(Stored(keys=keys, values=values, attention=self.attention)).double()
@@ -224,6 +226,9 @@ class CompressedLayer(CacheLayerMixin):
             raise RecipeError(
                 f"expected scores of shape {list(keys.shape[:3])} from {recipe.rule_name}, got {list(scores.shape)}"
             )
+        if self._num_packed >= number:
+            self._evict_groups(scores, number)
+            return
         scores = scores.clone()
         scores[..., : recipe.sinks] = torch.inf
         if self.valid is not None:
@@ -234,6 +239,27 @@ class CompressedLayer(CacheLayerMixin):
         kept = (count - 1 - order[..., : count - number]).sort(dim=-1).values
         self.sinks, self.packed = (keys[:, :, :0], values[:, :, :0]), None
         self.recent = (_gather(keys, kept), _gather(values, kept))
+        self._keep_beside(kept)
+
+    def _evict_groups(self, scores: torch.Tensor, number: int) -> None:
+        """Drop whole packed groups, each head its own."""
+        assert self.packed is not None
+        size, first = self.recipe.group_size, self._tokens(self.sinks)
+        if self.valid is not None:
+            scores = scores.masked_fill(~self.valid, -torch.inf)
+        means = scores[..., first : first + self._num_packed].unflatten(2, (-1, size)).mean(dim=-1)
+        groups = means.shape[-1]
+        order = means.flip(-1).argsort(dim=-1, descending=True, stable=True)
+        kept = (groups - 1 - order[..., : groups - number // size]).sort(dim=-1).values
+        last = torch.arange(first + self._num_packed, scores.shape[-1], device=kept.device)
+        inside = (first + kept[..., None] * size + torch.arange(size, device=kept.device)).flatten(2)
+        shape = (*kept.shape[:2], -1)
+        tokens = torch.cat([last.new_tensor(range(first)).expand(*shape), inside, last.expand(*shape)], dim=-1)
+        self.packed = (_with_groups(self.packed[0], kept, size), _with_groups(self.packed[1], kept, size))
+        self._keep_beside(tokens)
+
+    def _keep_beside(self, kept: torch.Tensor) -> None:
+        """Of what is known of the tokens, only that of those in `kept`, `[batch, kv_heads, number]`."""
         if self.valid is not None:
             self.valid = self.valid.gather(-1, kept)
             if bool(self.valid.all()):
@@ -391,6 +417,13 @@ def _without_first(part: PackedTensor | torch.Tensor, number: int) -> PackedTens
         part.drop_first(number)
         return part
     return part[:, :, number:].clone()
+
+
+def _with_groups(part: PackedTensor | torch.Tensor, groups: torch.Tensor, size: int) -> PackedTensor | torch.Tensor:
+    if isinstance(part, PackedTensor):
+        part.keep_groups(groups, size)
+        return part
+    return keep_groups(part, groups, part.shape[2] // size)
 
 
 def _append(part: PackedTensor | torch.Tensor, more: PackedTensor | torch.Tensor) -> PackedTensor | torch.Tensor:

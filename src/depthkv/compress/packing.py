@@ -58,3 +58,18 @@ class PackedTensor:
         self.scale = self.scale[:, :, n // g:].clone(); self.minimum = self.minimum[:, :, n // g:].clone()
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedTensor:
         return PackedTensor(change(self.codes), change(self.scale), change(self.minimum), self.bits, self.along)
+
+    def keep_groups(self, index: torch.Tensor, size: int) -> None:
+        """index [batch, kv_heads, kept]: numbers of groups of `size` tokens."""
+        groups = self.num_tokens // size
+        for n in ("codes", "scale", "minimum"):
+            t = getattr(self, n)
+            setattr(self, n, keep_groups(t.reshape(*t.shape[:2], groups * (t.shape[2] // groups), -1), index, groups).reshape(*t.shape[:2], -1 if index.shape[2] else 0, *t.shape[3:]))
+
+
+def keep_groups(t: torch.Tensor, index: torch.Tensor, groups: int) -> torch.Tensor:
+    """Of groups of rows along dim 2 of `[batch, kv_heads, rows, width]` those in `index`, `[batch, kv_heads, kept]`."""
+    batch, heads, rows, width = t.shape
+    parts = t.reshape(batch, heads, groups, rows // groups * width)
+    kept = parts.gather(2, index[..., None].expand(*index.shape, parts.shape[3]))
+    return kept.view(batch, heads, -1 if index.shape[2] else 0, width)

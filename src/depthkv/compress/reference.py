@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from depthkv.architectures import layer_kinds
 from depthkv.compress.recipe import CacheRecipe
-from depthkv.compress.rules import Stored, Window
+from depthkv.compress.rules import Stored
 
 _NAME = "depthkv_recipe_reference"
 
@@ -89,6 +89,7 @@ class ReferenceRecipeCache(Cache):
         for leader in self.compressed:
             count = self.count(leader)
             if leader not in self.packed:  # after the prompt: padding is made like its last token
+                self.packed[leader] = 0
                 for row, padded in enumerate(self.padding):
                     for whole in (self.layers[leader].keys, self.layers[leader].values):
                         whole[row, :, padded.nonzero().flatten()] = whole[row, :, -1:].clone()
@@ -107,24 +108,33 @@ class ReferenceRecipeCache(Cache):
         return [*text[: self.recipe.sinks], *padded, *text[self.recipe.sinks :]]
 
     def _evict(self, leader: int, number: int) -> None:
-        recipe, layer, kept = self.recipe, self.layers[leader], self.kept[leader]
-        scores = self._scores(leader)
+        kept, scores = self.kept[leader], self._scores(leader)
+        in_groups = self.packed[leader] >= number
         for row in range(kept.shape[0]):
             for head in range(kept.shape[1]):
                 left = self.left(leader, row, head)
-                padded = self.padding[row].tolist()
-                sinks = [token for token in left[: recipe.sinks] if not padded[token]]
-                protected = {*sinks, *left[len(left) - recipe.recent :]}
-                ranked = sorted(
-                    (place for place, token in enumerate(left) if token not in protected),
-                    key=lambda place: (not padded[left[place]], float(scores[row, head, place]), place),
-                )
-                for place in ranked[:number]:
-                    kept[row, head, left[place]] = False
-        simple = isinstance(recipe.eviction, Window) and not bool(self.padding.any())
-        enough = self.packed.get(leader, 0) >= number
-        self.packed[leader] = self.packed[leader] - number if simple and enough else 0
-        assert layer.keys is not None
+                worth = [
+                    -float("inf") if self.padding[row, token] else float(scores[row, head, place])
+                    for place, token in enumerate(left)
+                ]
+                for token in self._worst(left, worth, leader, row, number, in_groups):
+                    kept[row, head, token] = False
+        self.packed[leader] = self.packed[leader] - number if in_groups else 0
+
+    def _worst(
+        self, left: list[int], worth: list[float], leader: int, row: int, number: int, in_groups: bool
+    ) -> list[int]:
+        """The tokens to drop: packed groups with the lowest mean, or single ones, of equals the earlier."""
+        recipe, places = self.recipe, range(len(left))
+        if in_groups:
+            size, first = recipe.group_size, recipe.sinks
+            starts = range(first, first + self.packed[leader], size)
+            starts_by_worth = sorted(starts, key=lambda at: sum(worth[at : at + size]) / size)
+            return [token for at in starts_by_worth[: number // size] for token in left[at : at + size]]
+        sinks = [place for place in places[: recipe.sinks] if not self.padding[row, left[place]]]
+        protected = {*sinks, *places[len(left) - recipe.recent :]}
+        ranked = sorted((place for place in places if place not in protected), key=lambda place: worth[place])
+        return [left[place] for place in ranked[:number]]
 
     def _scores(self, leader: int) -> torch.Tensor:
         """A rule sees the tokens that are left, side by side."""

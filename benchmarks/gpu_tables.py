@@ -1,0 +1,129 @@
+"""Tables of docs/results.md from docs/raw/gpu.jsonl, which benchmarks/gpu.py and train_step.py write."""
+
+from __future__ import annotations
+
+from typing import Any
+
+ORDER = ("g=1", "g=2", "g=4", "g=8", "front half", "front quarter")
+Rows = list[dict[str, Any]]
+
+
+def last(rows: Rows, run: str, *keys: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Rows of one sort by the values of `keys`; of several with the same values the last that did not fail."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        if row["run"] == run:
+            key = tuple(row.get(name) for name in keys)
+            if "failed" not in row or key not in found:
+                found[key] = row
+    return found
+
+
+def gib(num_bytes: float | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+
+
+def rate(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def eager(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Every cell of the eager grid."""
+    cells = last(rows, "eager", "context", "batch_size", "plan")
+    lines = []
+    for context, batch in sorted({key[:2] for key in cells}):
+        for plan in ORDER:
+            row = cells.get((context, batch, plan))
+            if row is None:
+                continue
+            line = [f"{context:,} x {batch}", plan]
+            if row.get("out_of_memory"):
+                lines.append([*line, *[""] * 6, "out of memory"])
+                continue
+            ratios = [f"{row[name]:.3f}x" if name in row else "" for name in ("ttft_ratio", "decode_ratio")]
+            line += [gib(row["cache_bytes"]), gib(row.get("peak_bytes"))]
+            line += [f"{row['ttft_s'] * 1000:,.0f} ms", ratios[0], rate(row["decode_tokens_per_s"]), ratios[1]]
+            line.append(f"{row['prefill_share']:.0%} / {row['decode_share']:.0%}")
+            lines.append(line)
+    headings = ["prompt x batch", "plan", "cache", "peak memory", "TTFT", "to g=1", "decoded tok/s", "to g=1"]
+    return [*headings, "of the limit, prompt / decoding"], lines
+
+
+def static(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Every cell with a static cache: compiled, and as a graph of the code as it is."""
+    cells = last(rows, "static", "context", "batch_size", "plan", "stack")
+    lines = []
+    for context, batch in sorted({key[:2] for key in cells if key[0] is not None}):
+        full = cells.get((context, batch, "g=1", "CUDA graph, inductor"))
+        for plan in ORDER:
+            row = cells.get((context, batch, plan, "CUDA graph, inductor"))
+            plain = cells.get((context, batch, plan, "CUDA graph"))
+            if row is None or "failed" in row:
+                continue
+            line = [f"{context:,} x {batch}", plan, gib(row["cache_bytes"]), rate(row["tokens_per_s"])]
+            line.append(f"{row['tokens_per_s'] / full['tokens_per_s']:.3f}x" if full and plan != "g=1" else "")
+            line += [rate(row["batch_size"] / row["limit_s"]), f"{row['decode_share']:.0%}"]
+            line.append(rate(plain["tokens_per_s"]) if plain and "failed" not in plain else "")
+            line.append(f"{row['relative_error']:.1%}")
+            lines.append(line)
+    headings = ["context x batch", "plan", "cache", "tok/s, compiled", "to g=1", "limit, tok/s", "of the limit"]
+    return [*headings, "tok/s, not compiled", "logits to eager ones"], lines
+
+
+def largest(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The largest batch within the memory limit and what it decodes."""
+    cells = last(rows, "largest", "context", "plan", "stack")
+    lines = []
+    for context in sorted({key[0] for key in cells if key[0] is not None}):
+        for plan in ORDER:
+            for stack in ("eager", "CUDA graph", "CUDA graph, inductor"):
+                row = cells.get((context, plan, stack))
+                if row is None or "failed" in row or "tokens_per_s" not in row:
+                    continue
+                full = cells.get((context, "g=1", stack), {})
+                line = [f"{context:,}", plan, stack, str(row["batch_size"]), gib(row.get("peak_bytes"))]
+                line.append(rate(row["tokens_per_s"]))
+                known = "tokens_per_s" in full and plan != "g=1"
+                line.append(f"{row['tokens_per_s'] / full['tokens_per_s']:.2f}x" if known else "")
+                line.append(f"{row['decode_share']:.0%}" if "decode_share" in row else "")
+                lines.append(line)
+    headings = ["context", "plan", "stack", "largest batch", "peak memory", "decoded tok/s", "to g=1", "of the limit"]
+    return headings, lines
+
+
+def train(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """A routed training step against an ordinary one."""
+    lines = []
+    for row in last(rows, "train", "model", "device", "batch_size", "block_size").values():
+        for arm in ("ordinary", "routed", "distilled"):
+            line = [row["model"], f"{row['batch_size']} x {row['block_size']:,}", arm]
+            line += [f"{row[arm]['median_s'] * 1000:.0f} ms", gib(row[arm]["peak_bytes"])]
+            for what in ("time", "memory"):
+                line.append(f"{row[f'{arm}_{what}_ratio']:.3f}x" if arm != "ordinary" else "")
+            lines.append(line)
+    return ["model", "batch x tokens", "step", "median", "peak memory", "time", "memory"], lines
+
+
+def summary(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The few figures of the README: 8K, one sequence, and the largest batch."""
+    eager_cells = last(rows, "eager", "context", "batch_size", "plan")
+    static_cells = last(rows, "static", "context", "batch_size", "plan", "stack")
+    largest_cells = last(rows, "largest", "context", "plan", "stack")
+    lines = []
+    for plan in ORDER:
+        row = eager_cells.get((8192, 1, plan))
+        if row is None or row.get("out_of_memory"):
+            continue
+        line = [plan, f"{row['cache_bytes'] / 2**20:,.0f} MiB", f"{row['ttft_s'] * 1000:,.0f} ms"]
+        line.append(rate(row["decode_tokens_per_s"]))
+        fast = static_cells.get((8192, 1, plan, "CUDA graph, inductor"))
+        known = fast is not None and "failed" not in fast
+        line.append(f"{rate(fast['tokens_per_s'])} ({fast['decode_share']:.0%})" if fast is not None and known else "")
+        most = largest_cells.get((8192, plan, "eager"))
+        line.append(str(most["batch_size"]) if most else "")
+        lines.append(line)
+    headings = ["plan", "cache", "TTFT", "tok/s, eager", "tok/s, compiled (of the limit)", "largest batch in 80 GB"]
+    return headings, lines
+
+
+TABLES = {"gpu-eager": eager, "gpu-static": static, "gpu-largest": largest, "gpu-train": train, "gpu-summary": summary}
