@@ -130,6 +130,7 @@ _LEAST = 0.003
 _CURVES = """
 .grid { stroke: var(--idle) } .one, .two, .all { fill: none; stroke-width: 1.8 } .one { stroke: var(--read) }
 .two { stroke: var(--line); stroke-dasharray: 5 4 } .all { stroke: var(--keep); stroke-width: 3 }
+.halo { paint-order: stroke; stroke: var(--layer); stroke-width: 4px }
 .dot { stroke: none } .dot.one { fill: var(--read) } .dot.two { fill: var(--line) } .dot.all { fill: var(--keep) }
 """
 
@@ -165,6 +166,7 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
         parts.append(_text(round(across(factor), 1), bottom + 22, f"{factor:g}x", "soft middle"))
     parts.append(_text((left + right) / 2, bottom + 44, "times smaller than the full cache", "soft middle"))
     names: list[tuple[float, str, str]] = []
+    shorter: list[str] = []
     for axes in sorted({tuple(line["axes"]) for line in known}, key=len):
         kind = ("one", "two", "all")[len(axes) - 1]
         row = sorted((line["factor"], line["loss"]["difference"]) for line in known if tuple(line["axes"]) == axes)
@@ -177,14 +179,17 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
         name = f"{axes[0]} alone" if len(axes) == 1 else "all three" if len(axes) == 3 else " + ".join(axes)
         style = "title" if len(axes) == 3 else "" if len(axes) == 1 else "soft"
         if row[-1][0] < factors[-1]:  # nothing smaller with these axes
-            parts.append(_text(round(across(row[-1][0]) + 8, 1), round(down(row[-1][1]) - 8, 1), name, style))
+            x, y = across(row[-1][0]) + 8, down(row[-1][1]) - 8
+            shorter.append(_text(round(x, 1), round(y, 1), name, f"{style} halo".strip()))
         else:
             names.append((down(row[-1][1]), name, style))
     at = top - 14.0
     for y, name, kind in sorted(names):
         at = max(at + 17, y + 4)
         parts.append(_text(right + 12, round(at, 1), name, kind))
-    return _svg(parts, 386, "Loss against the size of the cache, saved on depth, bits, tokens, and several of them")
+    return _svg(
+        parts + shorter, 386, "Loss against the size of the cache, saved on depth, bits, tokens, and several of them"
+    )
 
 
 PICTURES: dict[str, Callable[[], str]] = {
