@@ -18,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,8 @@ def main() -> None:
         line = {**common, "axes": [], "factor": 1.0, "recipe": plain(space.recipe()), "bytes": full_bytes}
         line |= {"train_loss": statistics.fmean(losses(space.recipe())), "train_excess": 0.0}
         write(args, line | {"loss": score(full, held_names, full).to_dict(), **tasks.scores(space.recipe())})
+    # by whether layers are shared, and so whether an adapter is on: nested plans' leaders are measured once
+    sensitivity: dict[bool, dict[int, float]] = {False: {}, True: {}}
     for factor in args.factors:
         known: list[CacheRecipe] = []
         for axes in subsets():
@@ -106,6 +109,7 @@ def main() -> None:
             if key in done:
                 if done[key]["recipe"] is not None:
                     known.append(CacheRecipe.from_dict(done[key]["recipe"]))
+                    remember(sensitivity["depth" in axes], done[key]["sensitivity"])
                 continue
             started = time.perf_counter()
             limit = int(full_bytes / factor)
@@ -113,7 +117,16 @@ def main() -> None:
             line = {**common, "axes": list(axes), "factor": factor, "recipe": None}
             fewer = [recipe for recipe in known if set(axes_of(recipe)) <= set(axes)]
             try:
-                chosen = choose_recipe(own, losses, limit, evaluations=args.evaluations, known=fewer)
+                is_deep = "depth" in axes
+                chosen = choose_recipe(
+                    own,
+                    losses,
+                    limit,
+                    evaluations=args.evaluations,
+                    known=fewer,
+                    sensitivity=sensitivity[is_deep],
+                )
+                remember(sensitivity[is_deep], chosen.sensitivity)
             except RecipeError as error:
                 print(f"{' '.join(axes):18} {factor:4g}x {error}", flush=True)
                 write(args, line)
@@ -131,6 +144,13 @@ def main() -> None:
         print(table(args))
 
 
+def remember(kept: dict[int, float], found: Mapping[Any, float]) -> None:
+    """Keep what leaders count, of the plan with most of them."""
+    if len(found) > len(kept):
+        kept.clear()
+        kept.update({int(leader): counts for leader, counts in found.items()})
+
+
 def found(chosen: Chosen) -> dict[str, Any]:
     """What was chosen and how well it was predicted."""
     best, errors = chosen.best, chosen.prediction_errors
@@ -141,6 +161,7 @@ def found(chosen: Chosen) -> dict[str, Any]:
         "train_error": best.error,
         "predicted_excess": best.predicted,
         "settled": chosen.settled,
+        "sensitivity": {str(leader): counts for leader, counts in chosen.sensitivity.items()},
         "measured": len(chosen.measured),
         "prediction": {
             "recipes": len(errors),

@@ -92,6 +92,7 @@ def choose_recipe(
     mix: bool = True,
     rule: str | None = None,
     known: Sequence[CacheRecipe] = (),
+    sensitivity: Mapping[int, float] | None = None,
     advance: Advance = lambda done: None,
 ) -> Chosen:
     """The recipe of least loss that the limit has room for.
@@ -105,12 +106,13 @@ def choose_recipe(
         mix: offer other bits for some leaders than for others.
         rule: of eviction; None measures each of `RULES` alone and takes the best.
         known: measured for another purpose; what `measure` keeps costs nothing.
+        sensitivity: of an earlier search; leaders that are all in it are not measured again.
         advance: called with 1 after each measurement.
 
     Raises:
         RecipeError: nothing fits.
     """
-    search = _Search(space, measure, limit, advance)
+    search = _Search(space, measure, limit, advance, sensitivity=dict(sensitivity or {}) if mix else {})
     if not space.candidates(limit):
         least = min(space.bytes(recipe) for recipe in _smallest(space))
         raise RecipeError(
@@ -126,7 +128,8 @@ def choose_recipe(
     settled = search.refine(evaluations - evaluations // 3 if mix and "bits" in space.axes else evaluations)
     if mix and "bits" in space.axes and evaluations > 0:
         plan = search.best().recipe.plan
-        search.measure_leaders(plan)
+        if not set(plan.leaders) <= set(search.sensitivity):
+            search.measure_leaders(plan)
         settled = search.refine(evaluations - search.refined)
     return Chosen(
         space=search.space,
