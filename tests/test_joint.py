@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,16 @@ def test_what_a_step_unpacks_counts_for_a_memory_budget() -> None:
 def test_shorter_texts_stand_for_the_context() -> None:
     space = space_of(context=2048, measured_tokens=512)
     recipe = space.recipe(LADDER[0], 4, 4, 1024)
-    assert space.on_text(recipe) == space.recipe(LADDER[0], 4, 4, 256)
-    assert space.least_tokens == 4 * 68 and space.on_text(space.recipe(tokens=272)).tokens == 68
-    assert all(tokens >= 272 for tokens in space.token_budgets())
-    small = Space(CONFIG, torch.bfloat16, context=64)
-    assert small.group_size == 8 and small.least_tokens == 20
+    assert space.on_text(recipe) == replace(recipe, tokens=256)
+    assert space.least_tokens == 80 and space.on_text(space.recipe(tokens=80)).tokens == 20
+    assert all(tokens >= 80 for tokens in space.token_budgets())
+    for tokens in range(80, 2048):
+        recipe = space.recipe(tokens=tokens)
+        measured = space.on_text(recipe)  # raises where a group or the recent tokens are too many
+        assert measured.tokens is not None and abs(4 * measured.tokens - tokens) <= 2
+        assert measured.group_size == recipe.group_size
+    assert [space.group_for(tokens) for tokens in (None, 512, 511, 256, 255)] == [32, 32, 16, 16, 8]
+    assert Space(CONFIG, torch.bfloat16, context=64).group_for(None) == 16
 
 
 def test_front() -> None:

@@ -165,7 +165,7 @@ class _Search:
                 bytes=self.space.bytes(recipe),
                 losses=losses,
                 excess=statistics.fmean(apart),
-                error=statistics.stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan,
+                error=standard_error(apart),
                 predicted=None if predicted is None else float(predicted[i]),
                 reason=reason,
             )
@@ -186,8 +186,22 @@ class _Search:
 
     def costs(self) -> JointCosts:
         known = {recipe: entry.excess for recipe, entry in self.found.items()}
-        errors = {recipe: entry.error for recipe, entry in self.found.items()}
-        return JointCosts(self.space, known, self.sensitivity, errors)
+        return JointCosts(self.space, known, self.sensitivity, self._errors())
+
+    def _errors(self) -> dict[CacheRecipe, float]:
+        """Standard errors of what a recipe adds to its plan, or the measured one nearest in size.
+
+        All shared plans have in common how their adapter fits the blocks, which would hide how axes act together.
+        """
+        entries = list(self.found.values())
+        alone = [entry for entry in entries if entry.axes in ((), ("depth",))]
+        found = {}
+        for entry in entries:
+            plan = entry.recipe.plan
+            like = [other for other in alone if other.recipe.plan.is_full == plan.is_full] or alone
+            own = min(like, key=lambda other: abs(len(other.recipe.plan.leaders) - len(plan.leaders)))
+            found[entry.recipe] = standard_error([a - b for a, b in zip(entry.losses, own.losses, strict=True)])
+        return found
 
     def best(self) -> MeasuredRecipe:
         """Of those that fit and have only the space's axes."""
@@ -234,6 +248,11 @@ class _Search:
             self.measure([recipe], "leader")
             rises.append(np.array(self.found[recipe].losses) - own)
         self.sensitivity = dict(zip(plan.leaders, shrunk(np.array(rises)), strict=True))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; NaN for one value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def shrunk(rises: np.ndarray) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,6 +28,8 @@ FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
 
 SINKS = 4
 
+_GROUPS = (32, 16, 8)
+
 _STEPS = ((16, 8), (8, 4), (4, 2))
 """Widths beside each other: leaders of one recipe have two such widths at most."""
 
@@ -36,8 +40,7 @@ Width = int | tuple[int, ...]
 class Space:
     """Recipes for one model, context and number of sequences.
 
-    Groups and recent tokens follow from the length of the text that is measured: 32 each from 512 tokens on, fewer for
-    shorter ones.
+    Groups and recent tokens are 32 each, or fewer where little is kept of the measured text, see `group_for`.
 
     Args:
         config: of the model.
@@ -87,8 +90,7 @@ class Space:
         shared = sorted({plan for plan in plans if not plan.is_full}, key=lambda p: (-len(p.leaders), p.leaders))
         self.plans = (full, *(shared if "depth" in self.axes else ()))
         """The full cache first, then with fewer and fewer leaders."""
-        self.group_size = 32 if self.measured_tokens >= 512 else 16 if self.measured_tokens >= 256 else 8
-        self._sizes: dict[tuple[int | None, str, LayerKind, tuple[int, int]], np.ndarray] = {}
+        self._sizes: dict[tuple[int | None, int, str, LayerKind, tuple[int, int]], np.ndarray] = {}
 
     def replaced(self, *, axes: Iterable[str] | None = None, rule: str | None = None) -> Space:
         """The same with other axes or another rule."""
@@ -106,24 +108,30 @@ class Space:
 
     # Recipes
 
+    def group_for(self, tokens: int | None) -> int:
+        """Tokens of a group, and recent ones: 32, where at least 128 of the measured text's tokens are kept."""
+        measured = self.measured_tokens if tokens is None else tokens * self.measured_tokens / self.context
+        return next((group for group in _GROUPS[:-1] if measured >= 4 * group), _GROUPS[-1])
+
     @property
     def least_tokens(self) -> int:
         """Smallest token budget that can be measured and served."""
-        least = SINKS + 2 * self.group_size
+        least = SINKS + 2 * _GROUPS[-1]
         return max(least, -(-least * self.context // self.measured_tokens))
 
     def recipe(
         self, plan: SharingPlan | None = None, key_bits: Width = 16, value_bits: Width = 16, tokens: int | None = None
     ) -> CacheRecipe:
         """One of them; without arguments the full cache."""
+        group = self.group_for(tokens)
         return CacheRecipe(
             plan=self.plans[0] if plan is None else plan,
             key_bits=key_bits,
             value_bits=value_bits,
             tokens=tokens,
-            group_size=self.group_size,
+            group_size=group,
             sinks=SINKS,
-            recent=self.group_size,
+            recent=group,
             rule="window" if tokens is None else self.rule,
         )
 
@@ -131,7 +139,7 @@ class Space:
         """The recipe whose loss on the measured text stands for this one's at the context."""
         if recipe.tokens is None or self.measured_tokens == self.context:
             return recipe
-        tokens = max(SINKS + 2 * self.group_size, round(recipe.tokens * self.measured_tokens / self.context))
+        tokens = max(SINKS + 2 * recipe.group_size, round(recipe.tokens * self.measured_tokens / self.context))
         return replace(recipe, tokens=tokens)
 
     def token_budgets(self) -> list[int]:
@@ -185,22 +193,25 @@ class Space:
         return list(dict.fromkeys(found))
 
     def filled(self, plan: SharingPlan, keys: Width, values: Width, limit: int) -> CacheRecipe | None:
-        """With as many tokens as fit, in whole groups; None where the smallest number is too large."""
+        """With as many tokens as fit, in steps of a group; None where the smallest number is too large."""
         whole = self.recipe(plan, keys, values)
         if self.bytes(whole) <= limit:
             return whole
-        if "tokens" not in self.axes or self.least_tokens >= self.context:
+        if "tokens" not in self.axes:
             return None
-        low, high = 0, (self.context - 1 - self.least_tokens) // self.group_size
-        best = None
-        while low <= high:
-            middle = (low + high) // 2
-            recipe = self.recipe(plan, keys, values, self.least_tokens + middle * self.group_size)
-            if self.bytes(recipe) <= limit:
-                best, low = recipe, middle + 1
-            else:
-                high = middle - 1
-        return best
+        most = self.context - 1
+        for group in _GROUPS:  # budgets with such groups, the largest first
+            least = self.least_tokens
+            if group != _GROUPS[-1]:
+                least = max(least, math.ceil(4 * group * self.context / self.measured_tokens))
+            budgets = range(least, most + 1, group)
+            fit = bisect_left(
+                budgets, True, key=lambda tokens: self.bytes(self.recipe(plan, keys, values, tokens)) > limit
+            )
+            if fit:
+                return self.recipe(plan, keys, values, budgets[fit - 1])
+            most = min(most, least - 1)
+        return None
 
     # Bytes
 
@@ -216,7 +227,7 @@ class Space:
         return self.batch * int(total.max()) + (self.working_bytes(recipe) if self.working else 0)
 
     def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[int, int]) -> np.ndarray:
-        key = (recipe.tokens, recipe.rule_name, kind, bits)
+        key = (recipe.tokens, recipe.group_size, recipe.rule_name, kind, bits)
         if key not in self._sizes:
             ends = {self.context, min(self.context, recipe.tokens or self.context)}
             lengths = sorted({n for end in ends for n in range(max(1, end - recipe.group_size + 1), end + 1)})
