@@ -271,6 +271,7 @@ def test_the_report_draws_it(written: dict[str, Any], tmp_path: Path, capsys: py
     assert main(["report", str(tmp_path / "f.json"), "--out", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert "The recipe" in page and "nothing better at as few bytes" in page and "tokens alone" in page
+    assert "&lt;" not in page
     assert page.count("<title>") > len([e for e in written["measured"] if e["on_front"]])
     assert "times smaller by" in capsys.readouterr().out
 

@@ -124,8 +124,8 @@ def _chart(found: RecipeFigures) -> Chart:
         shifted=False,
         height=330.0,
     )
-    legend = [(str(swatch(0, bare=True)), "nothing better at as few bytes")]
-    legend += [(str(swatch(number, connected=False)), name) for number, name in enumerate(order, 1)]
+    legend = [(swatch(0, bare=True), "nothing better at as few bytes")]
+    legend += [(swatch(number, connected=False), name) for number, name in enumerate(order, 1)]
     left_out = len(found.measured) - len(drawn)
     rest = f" {left_out} that lose more than {fixed(highest, 2)} are left out." if left_out else ""
     return Chart(svg=svg, caption=f"Every recipe that was measured.{rest}", legend=tuple(legend))
