@@ -42,6 +42,7 @@ LAYERS = 30
 """Of SmolLM2-135M, which the pages' plans are for."""
 
 SMALLER = {"300_000": "600", "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)"}
+SMALLER["token_blocks(training, tokenizer, 512)"] = "token_blocks(training, tokenizer, 64)"
 SMALLER["named_blocks(training, tokenizer, 512)"] = "named_blocks(training, tokenizer, 64)"
 """What Python blocks say, and what runs instead."""
 
@@ -388,6 +389,15 @@ def test_plan_has_the_documented_keys(here: Path) -> None:
     whole = ("environment", "budget", "similarity", "comparison[].against_even")
     for figures in (json.loads(Path("f.json").read_text()), plan_file()):  # and those that the report is tested with
         assert keys_of(figures, whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
+
+
+def test_recipe_has_the_documented_keys(here: Path) -> None:
+    command = "plan adapted --data my-text --kv-budget 1KiB --axes depth bits tokens --plan plan.json --out r.json "
+    assert main(quick(shlex.split(command + "--json f.json --cost-blocks 2 --block-size 96"))) == 0
+    whole = ("environment", "recipe", "prediction.coefficients", "sensitivity")
+    whole += ("comparison[].recipe", "comparison[].against_single")
+    found = keys_of(json.loads(Path("f.json").read_text()), whole=whole)
+    assert found | {"measured[]", "comparison[]"} == documented("recipe")
 
 
 def test_router_has_the_documented_keys(here: Path) -> None:

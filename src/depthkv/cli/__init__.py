@@ -26,6 +26,7 @@ from depthkv.cli.plan import plan_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.train import adapt_command
+from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.run import SUITES
 
@@ -37,6 +38,8 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")}
 _SEVERAL["--recipe"] = re.compile(r".+\.json")
+_SEVERAL["--axes"] = re.compile("|".join(AXES))
+_SEVERAL["--plan"] = re.compile(r".+\.json")
 _SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
 """Options that may be followed by several values where a command takes them more than once, and what those look like:
 the argument after them could be MODEL."""

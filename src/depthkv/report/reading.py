@@ -17,6 +17,8 @@ from depthkv.report.checked import CheckedObject, kind
 from depthkv.report.generation_reading import FORMAT as GENERATION_FORMAT
 from depthkv.report.generation_reading import GenerationFigures, generation_figures
 from depthkv.report.plan_reading import PlanFigures, plan_figures
+from depthkv.report.recipe_reading import FORMAT as RECIPE_FORMAT
+from depthkv.report.recipe_reading import RecipeFigures, recipe_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
 HEALTH = ("repetition", "length", "ended", "same_prefix")
@@ -133,7 +135,7 @@ class BenchFigures:
     command: str
 
 
-AnyFigures = EvaluationFigures | BenchFigures | PlanFigures | GenerationFigures
+AnyFigures = EvaluationFigures | BenchFigures | PlanFigures | GenerationFigures | RecipeFigures
 """What `read_figures` gives."""
 
 
@@ -161,6 +163,8 @@ def read_figures(path: str | os.PathLike[str]) -> AnyFigures:
             return _evaluation(top, name)
         if data.get("format") == PLAN_FORMAT:
             return plan_figures(top, name)
+        if data.get("format") == RECIPE_FORMAT:
+            return recipe_figures(top, name)
         if data.get("format") == GENERATION_FORMAT:
             return generation_figures(top, name)
         if "format" not in data and "arms" in data:
