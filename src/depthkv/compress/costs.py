@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from typing import Any, cast
 
 import numpy as np
 
 from depthkv.compress.recipe import CacheRecipe
-from depthkv.compress.space import Space, Width
+from depthkv.compress.space import Space, Width, numeric
 
 EFFECTS = ("plan", "keys", "values", "tokens")
 
@@ -86,8 +87,7 @@ class JointCosts:
             return _plan_place(recipe)
         if effect == 3:
             return math.log2(self._context / recipe.tokens) if recipe.tokens is not None else 0.0
-        bits = recipe.key_bits if effect == 1 else recipe.value_bits
-        widths = [bits] if isinstance(bits, int) else list(bits)
+        widths = numeric(recipe.key_bits if effect == 1 else recipe.value_bits)
         return math.log2(16 / (sum(widths) / len(widths)))
 
     def effects(self, recipe: CacheRecipe) -> np.ndarray:
@@ -99,7 +99,7 @@ class JointCosts:
             found[0] = self._curves[0](_plan_place(recipe)) if known is None else known
         for effect, bits in ((1, recipe.key_bits), (2, recipe.value_bits)):
             if not neutral[effect]:
-                found[effect] = self._bits_effect(recipe, effect, bits)
+                found[effect] = self._bits_effect(recipe, effect, cast(Any, bits))
         if not neutral[3]:
             found[3] = self._curves[3](self._place(recipe, 3))
         return found

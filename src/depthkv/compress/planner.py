@@ -18,7 +18,7 @@ from depthkv.compress.costs import JointCosts
 from depthkv.compress.losses import Measure
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.rules import RULES
-from depthkv.compress.space import AXES, Space, axes_of
+from depthkv.compress.space import AXES, Space, axes_of, numeric
 from depthkv.errors import RecipeError
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
@@ -269,7 +269,7 @@ def shrunk(rises: np.ndarray) -> list[float]:
 
 def _kind(recipe: CacheRecipe) -> tuple[int, int]:
     """Rough place: number of leaders and mean bits."""
-    bits = [width for pair in recipe.bits.values() for width in pair]
+    bits = [width for pair in recipe.bits.values() for width in numeric(pair)]
     return len(recipe.plan.leaders) // 2, round(2 * math.log2(sum(bits) / len(bits)))
 
 

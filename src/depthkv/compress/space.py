@@ -6,12 +6,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from depthkv.architectures import LayerKind, layer_kinds
-from depthkv.compress.recipe import BITS, CacheRecipe
+from depthkv.compress.recipe import Bits, CacheRecipe
 from depthkv.errors import PlanError, RecipeError
 from depthkv.memory import kv_bytes_per_layer
 from depthkv.plan import SharingPlan
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 AXES = ("depth", "bits", "tokens")
+WIDTHS = (16, 8, 4, 2)
+"""Bits that are chosen among."""
 """What bytes can be spent on."""
 
 FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
@@ -90,7 +92,7 @@ class Space:
         shared = sorted({plan for plan in plans if not plan.is_full}, key=lambda p: (-len(p.leaders), p.leaders))
         self.plans = (full, *(shared if "depth" in self.axes else ()))
         """The full cache first, then with fewer and fewer leaders."""
-        self._sizes: dict[tuple[int | None, int, str, LayerKind, tuple[int, int]], np.ndarray] = {}
+        self._sizes: dict[tuple[int | None, int, str, LayerKind, tuple[Bits, Bits]], np.ndarray] = {}
 
     def replaced(self, *, axes: Iterable[str] | None = None, rule: str | None = None) -> Space:
         """The same with other axes or another rule."""
@@ -126,8 +128,8 @@ class Space:
         group = self.group_for(tokens)
         return CacheRecipe(
             plan=self.plans[0] if plan is None else plan,
-            key_bits=key_bits,
-            value_bits=value_bits,
+            key_bits=cast(Any, key_bits),
+            value_bits=cast(Any, value_bits),
             tokens=tokens,
             group_size=group,
             sinks=SINKS,
@@ -151,7 +153,7 @@ class Space:
 
     def widths(self) -> list[tuple[int, int]]:
         """Bits of keys and values that are the same for all leaders."""
-        return [(keys, values) for keys in BITS for values in BITS] if "bits" in self.axes else [(16, 16)]
+        return [(keys, values) for keys in WIDTHS for values in WIDTHS] if "bits" in self.axes else [(16, 16)]
 
     def mixed_widths(self, plan: SharingPlan, sensitivity: dict[int, float]) -> list[tuple[Width, Width]]:
         """Bits between those of `widths`: leaders that lose least for the bytes saved have fewer of them.
@@ -226,7 +228,7 @@ class Space:
         )
         return self.batch * int(total.max()) + (self.working_bytes(recipe) if self.working else 0)
 
-    def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[int, int]) -> np.ndarray:
+    def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[Bits, Bits]) -> np.ndarray:
         key = (recipe.tokens, recipe.group_size, recipe.rule_name, kind, bits)
         if key not in self._sizes:
             ends = {self.context, min(self.context, recipe.tokens or self.context)}
@@ -259,3 +261,8 @@ def axes_of(recipe: CacheRecipe) -> tuple[str, ...]:
     """The axes on which a recipe saves bytes."""
     used = (not recipe.plan.is_full, recipe.is_quantised, recipe.tokens is not None)
     return tuple(axis for axis, is_used in zip(AXES, used, strict=True) if is_used)
+
+
+def numeric(bits: Bits | tuple[Bits, ...]) -> list[int]:
+    """Widths as numbers."""
+    return [8 if width == "fp8" else width for width in (bits if isinstance(bits, tuple) else (bits,))]
