@@ -57,6 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--prompt-share", type=float, default=0.75)
     parser.add_argument("--evaluations", type=int, default=12, help="of each subset and size")
+    parser.add_argument("--alike", action="store_true", help="do not measure how much each leader loses at few bits")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--qa", type=int, default=0, help="questions to answer")
     parser.add_argument("--questions", type=Path, help="in SQuAD's JSON format")
@@ -101,7 +102,10 @@ def main() -> None:
         line |= {"train_loss": statistics.fmean(losses(space.recipe())), "train_excess": 0.0}
         write(args, line | {"loss": score(full, held_names, full).to_dict(), **tasks.scores(space.recipe())})
     # by whether layers are shared, and so whether an adapter is on: nested plans' leaders are measured once
-    sensitivity: dict[bool, dict[int, float]] = {False: {}, True: {}}
+    alike = dict.fromkeys(range(model.config.get_text_config().num_hidden_layers), 1.0)
+    sensitivity: dict[bool, dict[int, float]] = {
+        is_deep: dict(alike) if args.alike else {} for is_deep in (False, True)
+    }
     for factor in args.factors:
         known: list[CacheRecipe] = []
         for axes in subsets():
