@@ -103,7 +103,8 @@ def main() -> None:
     # by whether layers are shared, and so whether an adapter is on: nested plans' leaders are measured once
     sensitivity: dict[bool, dict[int, float]] = {False: {}, True: {}}
     for factor in args.factors:
-        known: list[CacheRecipe] = []
+        # what plans were searched for is better than its neighbours
+        known = [space.recipe(plan) for plan in ladder[: len(args.plan)]]
         for axes in subsets():
             key = (args.label, " ".join(axes), float(factor))
             if key in done:

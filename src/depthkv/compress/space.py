@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from depthkv.architectures import LayerKind, layer_kinds
-from depthkv.compress.recipe import BITS, CacheRecipe
+from depthkv.compress.recipe import Bits, CacheRecipe
 from depthkv.errors import PlanError, RecipeError
 from depthkv.memory import kv_bytes_per_layer
 from depthkv.plan import SharingPlan
@@ -30,10 +30,13 @@ SINKS = 4
 
 _GROUPS = (32, 16, 8)
 
-_STEPS = ((16, 8), (8, 4), (4, 2))
+_WIDTHS: tuple[Bits, ...] = (16, 8, 4, 2)
+"""fp8 is left out: 8 bits in groups lose less, at nearly as few bytes."""
+
+_STEPS: tuple[tuple[Bits, Bits], ...] = ((16, 8), (8, 4), (4, 2))
 """Widths beside each other: leaders of one recipe have two such widths at most."""
 
-Width = int | tuple[int, ...]
+Width = Bits | tuple[Bits, ...]
 """Bits of all leaders, or of each."""
 
 
@@ -90,7 +93,7 @@ class Space:
         shared = sorted({plan for plan in plans if not plan.is_full}, key=lambda p: (-len(p.leaders), p.leaders))
         self.plans = (full, *(shared if "depth" in self.axes else ()))
         """The full cache first, then with fewer and fewer leaders."""
-        self._sizes: dict[tuple[int | None, int, str, LayerKind, tuple[int, int]], np.ndarray] = {}
+        self._sizes: dict[tuple[int | None, int, str, LayerKind, tuple[Bits, Bits]], np.ndarray] = {}
 
     def replaced(self, *, axes: Iterable[str] | None = None, rule: str | None = None) -> Space:
         """The same with other axes or another rule."""
@@ -149,9 +152,9 @@ class Space:
         found = [round(share * self.context) for share in FRACTIONS]
         return [tokens for tokens in found if self.least_tokens <= tokens < self.context]
 
-    def widths(self) -> list[tuple[int, int]]:
+    def widths(self) -> list[tuple[Bits, Bits]]:
         """Bits of keys and values that are the same for all leaders."""
-        return [(keys, values) for keys in BITS for values in BITS] if "bits" in self.axes else [(16, 16)]
+        return [(keys, values) for keys in _WIDTHS for values in _WIDTHS] if "bits" in self.axes else [(16, 16)]
 
     def mixed_widths(self, plan: SharingPlan, sensitivity: dict[int, float]) -> list[tuple[Width, Width]]:
         """Bits between those of `widths`: leaders that lose least for the bytes saved have fewer of them.
@@ -226,7 +229,7 @@ class Space:
         )
         return self.batch * int(total.max()) + (self.working_bytes(recipe) if self.working else 0)
 
-    def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[int, int]) -> np.ndarray:
+    def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[Bits, Bits]) -> np.ndarray:
         key = (recipe.tokens, recipe.group_size, recipe.rule_name, kind, bits)
         if key not in self._sizes:
             ends = {self.context, min(self.context, recipe.tokens or self.context)}
@@ -253,6 +256,12 @@ class Space:
         )
         kept = min(self.context, recipe.tokens or self.context)
         return together * max(self.context, self.batch * kept)
+
+
+def mean_width(bits: Width) -> float:
+    """Bits of a number, mean over the leaders."""
+    widths = bits if isinstance(bits, tuple) else (bits,)
+    return sum(8 if width == "fp8" else width for width in widths) / len(widths)
 
 
 def axes_of(recipe: CacheRecipe) -> tuple[str, ...]:

@@ -109,6 +109,8 @@ class BenchCell:
 
     retention: float | None
     leaders: int | None
+    recipe: str
+    """What a recipe says of itself; empty without one."""
     prompt_tokens: int
     new_tokens: int
     batch_size: int
@@ -199,6 +201,12 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
             "text": ", ".join(data),
             "held out from training": "yes" if top.flag("held_out") else "no",
             "blocks of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
+            **(
+                {"tokens of each block read as a prompt": f"{top.whole('streamed_prompt'):,}, others through the cache"}
+                if "streamed_prompt" in top
+                else {}
+            ),
+            **{row.text("label"): row.object("cache_recipe").text("words") for row in rows if "cache_recipe" in row},
             "dtype": top.text("dtype"),
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
@@ -309,6 +317,7 @@ def _cell(cell: CheckedObject) -> BenchCell:
     return BenchCell(
         retention=cell.maybe_number("retention"),
         leaders=len(cell.sequence("leaders")) if "leaders" in cell else None,
+        recipe=cell.object("cache_recipe").text("words") if "cache_recipe" in cell else "",
         prompt_tokens=cell.whole("prompt_tokens", 1),
         new_tokens=cell.whole("new_tokens", 1),
         batch_size=cell.whole("batch_size", 1),
