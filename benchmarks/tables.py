@@ -294,6 +294,43 @@ def router_cost() -> str:
     return table(["router", "time to first token", "time per further token"], rows)
 
 
+HEADS_RECIPES = {"layers": "all layers' weights", "adapter": "fine-tuned, then an adapter"}
+"""Recipes of benchmarks/heads.py."""
+
+
+def heads() -> str:
+    """Depth against heads in a model that was merged and adapted: the largest cache first."""
+    rows = []
+    for run in (run for run in read("heads.jsonl") if run["run"] == "adapt"):
+        cells = [(found, arm) for arm in run["arms"] for found in arm["rows"]]
+        cells.sort(key=lambda cell: (-cell[0]["kv_bytes_per_token"], cell[1]["kv_heads"]))
+        full = cells[0][0]["kv_bytes_per_token"]
+        for found, arm in cells:
+            line = [HEADS_RECIPES[run["recipe"]], arm["arm"], f"{found['leaders']} of {arm['num_layers']}"]
+            line += [f"{found['kv_bytes_per_token']:,}", f"{found['kv_bytes_per_token'] / full:.3f}"]
+            rows.append([*line, f"{found['start']:.2f}", f"{found['loss']:.3f}", f"{arm['tokens'] / 1000:,.0f}k"])
+    headings = ["trained", "model", "layers kept", "bytes per token", "of the full cache", "loss before"]
+    return table([*headings, "loss after", "training tokens"], rows)
+
+
+def heads_scratch() -> str:
+    """Multi-head, grouped-query and multi-query models from scratch, and the first with its heads merged."""
+    rows, headings = [], []
+    for run in (run for run in read("heads.jsonl") if run["run"] == "scratch"):
+        for arm in run["arms"]:
+            headings = [f"{found['leaders']} of {arm['num_layers']} layers" for found in arm["rows"]]
+            line = [arm["arm"], f"{arm['parameters'] / 1e6:.2f}M", f"{arm['tokens'] / 1e6:.1f}M"]
+            for found in arm["rows"]:
+                start = "" if arm["merged_from"] is None else f"{found['start']:.3f}, then "
+                line.append(f"{start}{found['loss']:.3f} ({found['kv_bytes_per_token']:,} B)")
+            rows.append(line)
+    return table(["model", "parameters", "training tokens", *headings], rows)
+
+
+HEADS = (("heads", "adapt", heads), ("heads-scratch", "scratch", heads_scratch))
+"""Name, kind of run in heads.jsonl, and table."""
+
+
 def joint_runs() -> dict[tuple[str, tuple[str, ...], float], dict[str, Any]]:
     """Lines of benchmarks/joint.py by label, axes and size, the full cache with no axes; of several the last."""
     return {(line["label"], tuple(line["axes"]), line["factor"]): line for line in read("joint.jsonl")}
@@ -384,6 +421,10 @@ def gpu(name: str) -> str:
 
 if (RAW / "gpu.jsonl").exists():
     TABLES |= {name: functools.partial(gpu, name) for name in ("gpu-eager", "gpu-static", "gpu-largest", "gpu-train")}
+
+if (RAW / "heads.jsonl").exists():
+    runs = {run["run"] for run in read("heads.jsonl")}
+    TABLES |= {name: made for name, kind, made in HEADS if kind in runs}
 
 
 def fill(document: str) -> str:

@@ -19,6 +19,7 @@ from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.generate import generate_command
 from depthkv.cli.handmade import recipe_command
+from depthkv.cli.heads import merge_heads_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
@@ -36,9 +37,9 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")}
+_SEVERAL["--recipe"] = re.compile(r".+\.json")
 _SEVERAL["--axes"] = re.compile("|".join(AXES))
 _SEVERAL["--plan"] = re.compile(r".+\.json")
-_SEVERAL["--recipe"] = re.compile(r".+\.json")
 _SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
 """Options that may be followed by several values where a command takes them more than once, and what those look like:
 the argument after them could be MODEL."""
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
+app.command("merge-heads", short_help="Fewer KV heads, to be adapted.")(merge_heads_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
 app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)

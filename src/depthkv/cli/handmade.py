@@ -12,7 +12,7 @@ from depthkv.architectures import max_positions
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, json_path, naming, option
 from depthkv.cli.output import command_line, console, table, write_json
-from depthkv.compress.recipe import BITS, CacheRecipe
+from depthkv.compress.recipe import BITS, Bits, CacheRecipe
 from depthkv.compress.rules import RULES
 from depthkv.memory import cache_bytes, format_bytes
 from depthkv.plan import SharingPlan
@@ -36,7 +36,7 @@ def recipe_command(
     out: Annotated[Path, option("--out", json_path, "FILE", "The recipe.json.")],
     plan: inputs.PlanFile = None,
     retention: inputs.Retention = None,
-    bits: Annotated[str, option("--bits", bits_value, "BITS", "Of keys and values: 16, 8, 4 or 2.")] = "16",
+    bits: Annotated[str, option("--bits", bits_value, "BITS", "Of keys and values: 16, 8, fp8, 4 or 2.")] = "16",
     key_bits: Annotated[
         str | None, option("--key-bits", bits_value, "BITS", "Of keys; for each leader its own: 8,4,4.")
     ] = None,
@@ -99,6 +99,7 @@ def recipe_command(
     shown.print(table(headings, cells, f"Cache in {figures['dtype']}"))
 
 
-def _widths(text: str) -> int | tuple[int, ...]:
-    widths = tuple(map(int, text.split(",")))
+def _widths(text: str) -> Bits | tuple[Bits, ...]:
+    named = {str(width): width for width in BITS}
+    widths = tuple(named[width] for width in text.split(","))
     return widths if len(widths) > 1 else widths[0]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from depthkv.architectures import LayerKind
 from depthkv.attention import Noise, Pair
-from depthkv.compress.quantization import Bits, fake_quantize
-from depthkv.compress.recipe import CacheRecipe
+from depthkv.compress.quantization import fake_quantize
+from depthkv.compress.recipe import BITS, CacheRecipe
 from depthkv.errors import RecipeError
 
 
@@ -29,7 +28,7 @@ def recipe_noise(recipe: CacheRecipe, kinds: Sequence[LayerKind]) -> Noise:
     if not recipe.is_quantised:
         raise RecipeError(f"expected a recipe with fewer than 16 bits to train with, got {recipe.describe()}")
     pairs = recipe.bits.values()
-    fewest = (min(keys for keys, _ in pairs), min(values for _, values in pairs))
+    fewest = (max((keys for keys, _ in pairs), key=BITS.index), max((values for _, values in pairs), key=BITS.index))
 
     def noise(layer: int, pair: Pair) -> Pair:
         if kinds[layer].window is not None:
@@ -37,9 +36,9 @@ def recipe_noise(recipe: CacheRecipe, kinds: Sequence[LayerKind]) -> Noise:
         key_bits, value_bits = recipe.bits.get(layer, fewest)
         keys, values = pair
         if key_bits != 16:
-            keys = fake_quantize(keys, cast(Bits, key_bits), recipe.group_size, "tokens")
+            keys = fake_quantize(keys, key_bits, recipe.group_size, "tokens")
         if value_bits != 16:
-            values = fake_quantize(values, cast(Bits, value_bits), recipe.group_size, "channels")
+            values = fake_quantize(values, value_bits, recipe.group_size, "channels")
         return keys, values
 
     return noise
