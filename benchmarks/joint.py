@@ -107,7 +107,8 @@ def main() -> None:
         is_deep: dict(alike) if args.alike else {} for is_deep in (False, True)
     }
     for factor in args.factors:
-        known: list[CacheRecipe] = []
+        # what plans were searched for is better than its neighbours
+        known = [space.recipe(plan) for plan in ladder[: len(args.plan)]]
         for axes in subsets():
             key = (args.label, " ".join(axes), float(factor))
             if key in done:

@@ -386,7 +386,7 @@ def joint_recipes() -> str:
         kept = sum(source == layer for layer, source in enumerate(sources))
         bits = []
         for name in ("key_bits", "value_bits"):
-            widths = sorted({recipe[name]} if isinstance(recipe[name], int) else set(recipe[name]))
+            widths = sorted(set(recipe[name]) if isinstance(recipe[name], list) else {recipe[name]}, key=str)
             bits.append("-".join(map(str, widths)))
         tokens = "all" if recipe["tokens"] is None else f"{recipe['tokens']:,} by {recipe['rule']}"
         error = predicted["mean_absolute_error"]

@@ -19,7 +19,7 @@ from depthkv.compress.costs import JointCosts, isotonic
 from depthkv.compress.losses import RecipeLosses
 from depthkv.compress.measure import streamed_losses
 from depthkv.compress.planner import alone, choose_recipe, combined, front, subsets
-from depthkv.compress.space import AXES, Space, axes_of
+from depthkv.compress.space import AXES, Space, axes_of, mean_width
 from depthkv.errors import DepthKVError, PlanError, RecipeError
 from depthkv.memory import cache_bytes
 from tiny import tiny_model
@@ -48,8 +48,8 @@ class Made:
         worth = np.arange(1, len(keys) + 1) / np.arange(1, len(keys) + 1).sum()
         parts = [
             self.depth * math.log2(1 / recipe.plan.retention),
-            float((worth * [self.bits * (16 / b - 1) / 7 for b in keys]).sum()),
-            float((worth * [0.5 * self.bits * (16 / b - 1) / 7 for b in values]).sum()),
+            float((worth * [self.bits * (16 / b - 1) / 7 for b in map(mean_width, keys)]).sum()),
+            float((worth * [0.5 * self.bits * (16 / b - 1) / 7 for b in map(mean_width, values)]).sum()),
             0.0 if recipe.tokens is None else self.tokens * math.log2(CONTEXT / recipe.tokens),
         ]
         if recipe.rule != "attention" and recipe.tokens is not None:

@@ -173,8 +173,9 @@ def plan_command(
         if (plan or "depth" not in chosen_axes) and (
             name := next((n for n, is_set in given_depth.items() if is_set), "")
         ):
-            without = "without --plan" if plan else "with depth among --axes"
-            raise DepthKVError(f"expected {name} {without}, got both" if plan else f"expected {name} {without}")
+            if plan:
+                raise DepthKVError(f"expected {name} without --plan, got both")
+            raise DepthKVError(f"expected {name} with depth among --axes, got {' '.join(chosen_axes)}")
         choose_and_show(
             JointOptions(
                 model=model,

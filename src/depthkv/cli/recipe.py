@@ -130,8 +130,10 @@ def choose_and_show(options: JointOptions) -> None:
             batch=options.batch,
             working=options.memory is not None,
         )
-        rivals = _rivals(space, losses, limit, options.evaluations)
-        known = [rival.chosen.best.recipe for rival in rivals if rival.chosen is not None]
+        # what plans were searched for is better than its neighbours, and measured whatever is expected of it
+        searched = [space.recipe(plan) for plan in ladder[: max(1, len(options.plans))] if "depth" in options.axes]
+        rivals = _rivals(space, losses, limit, options.evaluations, searched)
+        known = [*searched, *(rival.chosen.best.recipe for rival in rivals if rival.chosen is not None)]
         chosen = _choose(space, losses, limit, 24 if options.evaluations is None else options.evaluations, known)
         held = _held_out(chosen, rivals, RecipeLosses(model, held_out, prompt_tokens, batch_size=options.batch_size))
     figures = {
@@ -162,16 +164,16 @@ def halves_of_held_out(name: str, held_out: list[Document]) -> tuple[list[Docume
 
 
 def read_ladder(files: Sequence[Path], kinds: tuple[LayerKind, ...]) -> list[SharingPlan]:
-    """The plans in the files and those nested around them.
+    """The plans in the files, then those nested around them.
 
     Raises:
         PlanError: plans for other layers, or nested ones that are no plans.
     """
-    found: list[SharingPlan] = []
-    for file in files:
-        plan = inputs.read_plan(file, kinds)
+    plans = {file: inputs.read_plan(file, kinds) for file in files}
+    found = list(plans.values())
+    for file, plan in plans.items():
         with naming(file):
-            found += [plan, *nested_around(plan, kinds)]
+            found += nested_around(plan, kinds)
     return list(dict.fromkeys(found))
 
 
@@ -221,7 +223,7 @@ def _limit(options: JointOptions, dtype: torch.dtype, context: int) -> tuple[int
 def _calibrated_ladder(
     options: JointOptions, model: Any, tokenizer: Any, texts: Mapping[str, Any]
 ) -> list[SharingPlan]:
-    """Nested plans, as `depthkv plan --retention .5` finds them."""
+    """A plan and those nested around it, as `depthkv plan --retention .5` finds them."""
     block_size = options.block_size or 512
     training = text_blocks(dict(texts), 0, tokenizer, block_size, options.blocks)
     problem = Problem(
@@ -249,7 +251,7 @@ def _calibrated_ladder(
         planned = make_plan(calibrator, problem, evaluations=evaluations, seed=options.seed, bar=bar)
     finally:
         calibrator.save()
-    return [plan for plan in planned.nested if not plan.is_full]
+    return list(dict.fromkeys([planned.plan, *(plan for plan in planned.nested if not plan.is_full)]))
 
 
 def _choose(space: Space, losses: RecipeLosses, limit: int, evaluations: int, known: Sequence[CacheRecipe]) -> Chosen:
@@ -264,7 +266,9 @@ def _expected(space: Space, limit: int, evaluations: int) -> int:
     return expected + len(space.kinds) // 2 * ("bits" in space.axes)
 
 
-def _rivals(space: Space, losses: RecipeLosses, limit: int, evaluations: int | None) -> list[Rival]:
+def _rivals(
+    space: Space, losses: RecipeLosses, limit: int, evaluations: int | None, searched: Sequence[CacheRecipe]
+) -> list[Rival]:
     """The best recipe of each axis alone."""
     if len(space.axes) == 1:
         return []
@@ -274,7 +278,7 @@ def _rivals(space: Space, losses: RecipeLosses, limit: int, evaluations: int | N
         own = space.replaced(axes=(axis,))
         with bar(f"{axis} alone", _expected(own, limit, number)) as advance:
             try:
-                found = choose_recipe(own, losses, limit, evaluations=number, advance=advance)
+                found = choose_recipe(own, losses, limit, evaluations=number, known=searched, advance=advance)
             except RecipeError:
                 found = None
         rivals.append(Rival(label=f"{axis} alone", chosen=found))
@@ -364,6 +368,6 @@ def _show(figures: Mapping[str, Any], chosen: Chosen, rivals: Sequence[Rival], o
         printed.print(f"{out}", soft_wrap=True)
 
 
-def _bits(value: int | list[int]) -> str:
-    widths = sorted({value} if isinstance(value, int) else set(value))
+def _bits(value: Any) -> str:
+    widths = sorted(set(value) if isinstance(value, list) else {value}, key=str)
     return "-".join(map(str, widths))

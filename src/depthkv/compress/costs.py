@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from typing import Any, cast
 
 import numpy as np
 
 from depthkv.compress.recipe import CacheRecipe
-from depthkv.compress.space import Space, Width, numeric
+from depthkv.compress.space import Space, Width, mean_width
 
 EFFECTS = ("plan", "keys", "values", "tokens")
 
@@ -87,8 +86,7 @@ class JointCosts:
             return _plan_place(recipe)
         if effect == 3:
             return math.log2(self._context / recipe.tokens) if recipe.tokens is not None else 0.0
-        widths = numeric(recipe.key_bits if effect == 1 else recipe.value_bits)
-        return math.log2(16 / (sum(widths) / len(widths)))
+        return math.log2(16 / mean_width(recipe.key_bits if effect == 1 else recipe.value_bits))
 
     def effects(self, recipe: CacheRecipe) -> np.ndarray:
         """Excess of the plan, keys, values and tokens alone, `[4]`."""
@@ -99,17 +97,17 @@ class JointCosts:
             found[0] = self._curves[0](_plan_place(recipe)) if known is None else known
         for effect, bits in ((1, recipe.key_bits), (2, recipe.value_bits)):
             if not neutral[effect]:
-                found[effect] = self._bits_effect(recipe, effect, cast(Any, bits))
+                found[effect] = self._bits_effect(recipe, effect, bits)
         if not neutral[3]:
             found[3] = self._curves[3](self._place(recipe, 3))
         return found
 
     def _bits_effect(self, recipe: CacheRecipe, effect: int, bits: Width) -> float:
         curve = self._curves[effect]
-        if isinstance(bits, int):
-            return curve(math.log2(16 / bits))
+        if not isinstance(bits, tuple):
+            return curve(math.log2(16 / mean_width(bits)))
         alone = np.array([self._sensitivity.get(leader, 1.0) for leader in recipe.plan.leaders])
-        each = np.array([curve(math.log2(16 / width)) for width in bits])
+        each = np.array([curve(math.log2(16 / mean_width(width))) for width in bits])
         return float((alone * each).sum() / alone.sum())
 
     # Interactions
@@ -156,7 +154,9 @@ class JointCosts:
         residual = np.array([self.measured[recipe] - self.sum_of_parts(recipe) for recipe in known])
         gram = self._kernel(self._places)
         noise = np.array([self._noise(recipe, 0.3 * _SHARE) for recipe in known])
-        scale = max(float((residual**2).mean()) if len(known) else 0.0, 1e-12)
+        # what was measured alone has none
+        combined = np.array([sum(not n for n in self._neutral(recipe)) > 1 for recipe in known], dtype=bool)
+        scale = max(float((residual[combined] ** 2).mean()) if combined.any() else 0.0, 1e-12)
         self._weights = np.linalg.solve(gram + np.diag(noise**2 / scale + 1e-9), residual) if len(known) else residual
 
     def _kernel(self, places: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def _plan_place(recipe: CacheRecipe) -> float:
 
 
 def _is_mixed(recipe: CacheRecipe) -> bool:
-    return not (isinstance(recipe.key_bits, int) and isinstance(recipe.value_bits, int))
+    return isinstance(recipe.key_bits, tuple) or isinstance(recipe.value_bits, tuple)
 
 
 def _curve(points: Mapping[float, float], *, anchored: bool) -> Callable[[float], float]:

@@ -50,7 +50,7 @@ def recipe_figures(
     # what rivals measured is known, too
     measured = {entry.recipe: entry for rival in rivals if rival.chosen for entry in rival.chosen.measured}
     measured |= {entry.recipe: entry for entry in chosen.measured}
-    kept = front([entry for entry in measured.values() if entry.reason != "leader"])
+    kept = front(list(measured.values()))
     rows = [(THIS_RECIPE, best)]
     rows += [(rival.label, rival.chosen.best) for rival in rivals if rival.chosen is not None]
     single = best_single(rivals)

@@ -2,7 +2,7 @@
 
 Each axis is measured alone and some are combined; a model of costs predicts every recipe that the budget has room for;
 the most promising are measured and the model is fitted again, until none is expected to be better than the best that
-was measured, or no evaluations are left. What is chosen was always measured.
+was measured, and a few more were not, or no evaluations are left. What is chosen was always measured.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from depthkv.compress.costs import JointCosts
 from depthkv.compress.losses import Measure
-from depthkv.compress.recipe import CacheRecipe
+from depthkv.compress.recipe import Bits, CacheRecipe
 from depthkv.compress.rules import RULES
-from depthkv.compress.space import AXES, Space, axes_of, numeric
+from depthkv.compress.space import AXES, Space, axes_of, mean_width
 from depthkv.errors import RecipeError
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
@@ -30,6 +30,9 @@ PLANS_ALONE = 6
 
 TOLERANCE = 0.001
 """Nats by which a recipe has to be expected better than the best measured one to be measured, too."""
+
+PATIENCE = 2
+"""Times that what looks best is measured although nothing better is expected, since predictions may be too high."""
 
 _AT_ONCE = 2
 """Recipes measured before the costs are fitted again."""
@@ -214,22 +217,27 @@ class _Search:
     def refine(self, evaluations: int) -> bool:
         """Measure what is predicted best and fit again; whether nothing better was expected at the end."""
         candidates = self.space.candidates(self.limit, self.sensitivity)
-        left = evaluations
+        left, misses = evaluations, 0
         while True:
             predicted = self.costs().predict(candidates)
-            order = [i for i in np.argsort(predicted, kind="stable") if candidates[i] not in self.found]
-            fits = [entry for entry in self.found.values() if entry.bytes <= self.limit and self._belongs(entry.recipe)]
-            best = min((entry.excess for entry in fits), default=math.inf)
-            order = [i for i in order if predicted[i] < best - TOLERANCE] if fits else order
+            order = [int(i) for i in np.argsort(predicted, kind="stable") if candidates[i] not in self.found]
+            least = self._least()
             if not order:
                 return True
-            if left <= 0 and fits:
-                return False
+            is_better = bool(predicted[order[0]] < least - TOLERANCE)
+            if math.isfinite(least) and ((not is_better and misses >= PATIENCE) or left <= 0):
+                return not is_better
             chosen = self._apart(candidates, order)[: max(1, min(_AT_ONCE, left))]
             reason = "mixed" if self.sensitivity else "predicted"
             self.measure([candidates[i] for i in chosen], reason, [predicted[i] for i in chosen])
+            misses = 0 if self._least() < least - TOLERANCE else misses + 1
             self.refined += len(chosen)
             left -= len(chosen)
+
+    def _least(self) -> float:
+        """Excess of the best that fits; inf without one."""
+        fits = [e.excess for e in self.found.values() if e.bytes <= self.limit and self._belongs(e.recipe)]
+        return min(fits, default=math.inf)
 
     def _apart(self, candidates: Sequence[CacheRecipe], order: Sequence[int]) -> list[int]:
         """The best, then the best of another plan or of other bits: neighbours tell little more than one of them."""
@@ -243,7 +251,7 @@ class _Search:
         own = np.array(self.found[self.space.recipe(plan)].losses)
         rises = []
         for leader in plan.leaders:
-            bits = tuple(2 if other == leader else 16 for other in plan.leaders)
+            bits: tuple[Bits, ...] = tuple(2 if other == leader else 16 for other in plan.leaders)
             recipe = self.space.recipe(plan, bits, bits)
             self.measure([recipe], "leader")
             rises.append(np.array(self.found[recipe].losses) - own)
@@ -269,8 +277,8 @@ def shrunk(rises: np.ndarray) -> list[float]:
 
 def _kind(recipe: CacheRecipe) -> tuple[int, int]:
     """Rough place: number of leaders and mean bits."""
-    bits = [width for pair in recipe.bits.values() for width in numeric(pair)]
-    return len(recipe.plan.leaders) // 2, round(2 * math.log2(sum(bits) / len(bits)))
+    bits = (mean_width(recipe.key_bits) + mean_width(recipe.value_bits)) / 2
+    return len(recipe.plan.leaders) // 2, round(2 * math.log2(bits))
 
 
 def _smallest(space: Space) -> list[CacheRecipe]:
@@ -289,8 +297,8 @@ def alone(space: Space, limit: int) -> list[CacheRecipe]:
         steps = np.unique(np.round(np.linspace(0, len(useful) - 1, PLANS_ALONE)).astype(int))
         found += [space.recipe(useful[i]) for i in steps]
     if "bits" in space.axes:
-        found += [space.recipe(key_bits=bits) for bits in (8, 4, 2)]
-        found += [space.recipe(value_bits=bits) for bits in (8, 4, 2)]
+        found += [space.recipe(None, keys, 16) for keys, values in space.widths() if keys != 16 == values]
+        found += [space.recipe(None, 16, values) for keys, values in space.widths() if values != 16 == keys]
     budgets = space.token_budgets()
     for i, tokens in enumerate(budgets):
         if i % 2 == 1 or i == len(budgets) - 1:

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 AXES = ("depth", "bits", "tokens")
-WIDTHS = (16, 8, 4, 2)
-"""Bits that are chosen among."""
 """What bytes can be spent on."""
 
 FRACTIONS = (3 / 4, 1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
@@ -32,10 +30,13 @@ SINKS = 4
 
 _GROUPS = (32, 16, 8)
 
-_STEPS = ((16, 8), (8, 4), (4, 2))
+_WIDTHS: tuple[Bits, ...] = (16, 8, 4, 2)
+"""fp8 is left out: 8 bits in groups lose less, at nearly as few bytes."""
+
+_STEPS: tuple[tuple[Bits, Bits], ...] = ((16, 8), (8, 4), (4, 2))
 """Widths beside each other: leaders of one recipe have two such widths at most."""
 
-Width = int | tuple[int, ...]
+Width = Bits | tuple[Bits, ...]
 """Bits of all leaders, or of each."""
 
 
@@ -128,8 +129,8 @@ class Space:
         group = self.group_for(tokens)
         return CacheRecipe(
             plan=self.plans[0] if plan is None else plan,
-            key_bits=cast(Any, key_bits),
-            value_bits=cast(Any, value_bits),
+            key_bits=key_bits,
+            value_bits=value_bits,
             tokens=tokens,
             group_size=group,
             sinks=SINKS,
@@ -151,9 +152,9 @@ class Space:
         found = [round(share * self.context) for share in FRACTIONS]
         return [tokens for tokens in found if self.least_tokens <= tokens < self.context]
 
-    def widths(self) -> list[tuple[int, int]]:
+    def widths(self) -> list[tuple[Bits, Bits]]:
         """Bits of keys and values that are the same for all leaders."""
-        return [(keys, values) for keys in WIDTHS for values in WIDTHS] if "bits" in self.axes else [(16, 16)]
+        return [(keys, values) for keys in _WIDTHS for values in _WIDTHS] if "bits" in self.axes else [(16, 16)]
 
     def mixed_widths(self, plan: SharingPlan, sensitivity: dict[int, float]) -> list[tuple[Width, Width]]:
         """Bits between those of `widths`: leaders that lose least for the bytes saved have fewer of them.
@@ -257,12 +258,13 @@ class Space:
         return together * max(self.context, self.batch * kept)
 
 
+def mean_width(bits: Width) -> float:
+    """Bits of a number, mean over the leaders."""
+    widths = bits if isinstance(bits, tuple) else (bits,)
+    return sum(8 if width == "fp8" else width for width in widths) / len(widths)
+
+
 def axes_of(recipe: CacheRecipe) -> tuple[str, ...]:
     """The axes on which a recipe saves bytes."""
     used = (not recipe.plan.is_full, recipe.is_quantised, recipe.tokens is not None)
     return tuple(axis for axis, is_used in zip(AXES, used, strict=True) if is_used)
-
-
-def numeric(bits: Bits | tuple[Bits, ...]) -> list[int]:
-    """Widths as numbers."""
-    return [8 if width == "fp8" else width for width in (bits if isinstance(bits, tuple) else (bits,))]

@@ -196,7 +196,7 @@ def _front(found: RecipeFigures) -> Table:
 def _bits(recipe: CacheRecipe) -> str:
     both = []
     for value in (recipe.key_bits, recipe.value_bits):
-        widths = sorted({value} if isinstance(value, int) else set(value))
+        widths = sorted(set(value) if isinstance(value, tuple) else {value}, key=str)
         both.append("-".join(map(str, widths)))
     return " / ".join(both)
 
