@@ -174,8 +174,8 @@ def run_arm(
     }
 
 
-def new_model(size: str, num_layers: int, seed: int, tokenizer: Any, block_size: int) -> Any:
-    """A random llama: the size's first `num_layers` layers, for the tokenizer's vocabulary."""
+def new_model(size: str, num_layers: int, seed: int, tokenizer: Any, block_size: int, **changes: int) -> Any:
+    """A random llama: the size's first `num_layers` layers, for the tokenizer's vocabulary; `changes` of the config."""
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -187,6 +187,7 @@ def new_model(size: str, num_layers: int, seed: int, tokenizer: Any, block_size:
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": None,
+        **changes,
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"

@@ -295,6 +295,110 @@ def router_cost() -> str:
     return table(["router", "time to first token", "time per further token"], rows)
 
 
+HEADS_RECIPES = {"layers": "all layers' weights", "adapter": "fine-tuned, then an adapter"}
+"""Recipes of benchmarks/heads.py."""
+
+
+def heads() -> str:
+    """Depth against heads in a model that was merged and adapted: the largest cache first."""
+    rows = []
+    for run in (run for run in read("heads.jsonl") if run["run"] == "adapt"):
+        cells = [(found, arm) for arm in run["arms"] for found in arm["rows"]]
+        cells.sort(key=lambda cell: (-cell[0]["kv_bytes_per_token"], cell[1]["kv_heads"]))
+        full = cells[0][0]["kv_bytes_per_token"]
+        for found, arm in cells:
+            line = [HEADS_RECIPES[run["recipe"]], arm["arm"], f"{found['leaders']} of {arm['num_layers']}"]
+            line += [f"{found['kv_bytes_per_token']:,}", f"{found['kv_bytes_per_token'] / full:.3f}"]
+            rows.append([*line, f"{found['start']:.2f}", f"{found['loss']:.3f}", f"{arm['tokens'] / 1000:,.0f}k"])
+    headings = ["trained", "model", "layers kept", "bytes per token", "of the full cache", "loss before"]
+    return table([*headings, "loss after", "training tokens"], rows)
+
+
+def heads_scratch() -> str:
+    """Multi-head, grouped-query and multi-query models from scratch, and the first with its heads merged."""
+    rows, headings = [], []
+    for run in (run for run in read("heads.jsonl") if run["run"] == "scratch"):
+        for arm in run["arms"]:
+            headings = [f"{found['leaders']} of {arm['num_layers']} layers" for found in arm["rows"]]
+            line = [arm["arm"], f"{arm['parameters'] / 1e6:.2f}M", f"{arm['tokens'] / 1e6:.1f}M"]
+            for found in arm["rows"]:
+                start = "" if arm["merged_from"] is None else f"{found['start']:.3f}, then "
+                line.append(f"{start}{found['loss']:.3f} ({found['kv_bytes_per_token']:,} B)")
+            rows.append(line)
+    return table(["model", "parameters", "training tokens", *headings], rows)
+
+
+HEADS = (("heads", "adapt", heads), ("heads-scratch", "scratch", heads_scratch))
+"""Name, kind of run in heads.jsonl, and table."""
+
+
+def joint_runs() -> dict[tuple[str, tuple[str, ...], float], dict[str, Any]]:
+    """Lines of benchmarks/joint.py by label, axes and size, the full cache with no axes; of several the last."""
+    return {(line["label"], tuple(line["axes"]), line["factor"]): line for line in read("joint.jsonl")}
+
+
+def joint_name(axes: tuple[str, ...]) -> str:
+    """Of a row."""
+    return f"{axes[0]} alone" if len(axes) == 1 else "all three" if len(axes) == 3 else " and ".join(axes)
+
+
+def joint() -> str:
+    """Excess held-out loss of each subset of the axes at each size, and that of all three by the best single one's."""
+    runs = joint_runs()
+    factors = sorted({factor for _, axes, factor in runs if axes})
+    rows = []
+    for label in dict.fromkeys(label for label, _, _ in runs):
+        subsets = list(dict.fromkeys(axes for other, axes, _ in runs if other == label and axes))
+        for axes in subsets:
+            found = [runs.get((label, axes, factor)) for factor in factors]
+            cells = [_joint_cell(line) if line is not None and line["recipe"] is not None else "-" for line in found]
+            rows.append([label, joint_name(axes), *cells])
+        shares = []
+        for factor in factors:
+            own, singles = runs.get((label, ("depth", "bits", "tokens"), factor)), []
+            for axes in subsets:
+                line = runs.get((label, axes, factor))
+                if len(axes) == 1 and line is not None and line["recipe"] is not None:
+                    singles.append(line["loss"]["difference"])
+            shares.append(f"{own['loss']['difference'] / min(singles):.0%}" if own and singles else "")
+        rows.append([label, "all three, of the best single", *shares])
+    return table(["model", "saved on", *(f"{factor:g}x smaller" for factor in factors)], rows)
+
+
+def _joint_cell(line: dict[str, Any]) -> str:
+    loss = line["loss"]
+    cell = f"{loss['difference']:+.3f}"
+    if loss["difference_low"] is not None:
+        cell += f" ({loss['difference_low']:+.3f} to {loss['difference_high']:+.3f})"
+    for name, words in (("f1", "F1"), ("retrieval", "needles")):
+        if name in line:
+            cell += f"; {words} {line[name]['value']:.0f} %"
+    return cell
+
+
+def joint_recipes() -> str:
+    """What the planner chose with all three axes, and how well it was predicted."""
+    rows = []
+    for (label, axes, _), line in joint_runs().items():
+        if len(axes) != 3 or line["recipe"] is None:
+            continue
+        recipe, predicted = line["recipe"], line["prediction"]
+        sources = recipe["kv_source_layers"]
+        kept = sum(source == layer for layer, source in enumerate(sources))
+        bits = []
+        for name in ("key_bits", "value_bits"):
+            widths = sorted({recipe[name]} if isinstance(recipe[name], int) else set(recipe[name]))
+            bits.append("-".join(map(str, widths)))
+        tokens = "all" if recipe["tokens"] is None else f"{recipe['tokens']:,} by {recipe['rule']}"
+        error = predicted["mean_absolute_error"]
+        cells = [label, f"{line['full_bytes'] / line['bytes']:.1f}x", f"{kept} of {len(sources)}", " / ".join(bits)]
+        cells += [tokens, f"{line['train_excess']:+.3f}", f"{line['loss']['difference']:+.3f}"]
+        cells.append("" if error is None else f"{error:.3f} ({predicted['recipes']})")
+        rows.append(cells)
+    headings = ["model", "smaller", "layers", "bits of keys / values", "tokens", "where it was chosen", "held out"]
+    return table([*headings, "predictions off by (recipes)"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "comparison-texts": comparison_texts,
@@ -318,6 +422,10 @@ def gpu(made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]
 
 TABLES |= {name: functools.partial(gpu, made) for name, made in gpu_tables.TABLES.items()}
 README_TABLES = {name: functools.partial(gpu, made) for name, made in gpu_tables.README_TABLES.items()}
+
+if (RAW / "heads.jsonl").exists():
+    runs = {run["run"] for run in read("heads.jsonl")}
+    TABLES |= {name: made for name, kind, made in HEADS if kind in runs}
 
 
 def fill(document: str) -> str:

@@ -8,9 +8,11 @@ else.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -145,6 +147,74 @@ def largest() -> str:
         parts.append(_text(752, top + 20, f"{found[plan]['tokens_per_s']:,.0f} tok/s eager", "soft end"))
     label = ", ".join(f"{name} {found[plan]['batch_size']}" for plan, name in names.items())
     return _svg(parts, 302, f"Largest batch of 8K tokens in 80 GB: {label}")
+
+
+_LEAST = 0.003
+"""Nats that the picture of losses begins with."""
+
+_CURVES = """
+.grid { stroke: var(--idle) } .one, .two, .all { fill: none; stroke-width: 1.8 } .one { stroke: var(--read) }
+.two { stroke: var(--line); stroke-dasharray: 5 4 } .all { stroke: var(--keep); stroke-width: 3 }
+.halo { paint-order: stroke; stroke: var(--layer); stroke-width: 4px }
+.dot { stroke: none } .dot.one { fill: var(--read) } .dot.two { fill: var(--line) } .dot.all { fill: var(--keep) }
+"""
+
+
+def joint(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Excess loss against the size of the cache: one axis, two, and all three; both scales are logarithmic.
+
+    Args:
+        lines: of benchmarks/joint.py, of one label.
+    """
+    left, right, top, bottom = 70.0, 590.0, 40.0, 330.0
+    known = [line for line in lines if line["axes"] and line["recipe"] is not None]
+    losses = [max(line["loss"]["difference"], _LEAST) for line in known]
+    factors = sorted({line["factor"] for line in known})
+    low, high = math.log(min(losses) / 1.15), math.log(max(losses) * 1.15)
+    first, last = math.log(factors[0]), math.log(factors[-1])
+
+    def across(factor: float) -> float:
+        return left + (right - left) * (math.log(factor) - first) / max(last - first, 1e-9)
+
+    def down(loss: float) -> float:
+        return bottom - (bottom - top) * (math.log(max(loss, _LEAST)) - low) / (high - low)
+
+    parts = [f"<style>{_CURVES}</style>", _text(8, 20, "loss over the full cache, nats per token", "soft")]
+    for value in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
+        if low <= math.log(value) <= high:
+            y = down(value)
+            parts += [
+                f'<path class="grid" d="M{left:g} {y:.1f}H{right:g}"/>',
+                _text(left - 8, round(y + 4, 1), f"{value:g}", "soft end"),
+            ]
+    for factor in factors:
+        parts.append(_text(round(across(factor), 1), bottom + 22, f"{factor:g}x", "soft middle"))
+    parts.append(_text((left + right) / 2, bottom + 44, "times smaller than the full cache", "soft middle"))
+    names: list[tuple[float, str, str]] = []
+    shorter: list[str] = []
+    for axes in sorted({tuple(line["axes"]) for line in known}, key=len):
+        kind = ("one", "two", "all")[len(axes) - 1]
+        row = sorted((line["factor"], line["loss"]["difference"]) for line in known if tuple(line["axes"]) == axes)
+        path = "L".join(f"{across(factor):.1f} {down(loss):.1f}" for factor, loss in row)
+        parts.append(f'<path class="{kind}" d="M{path}"/>')
+        parts += [
+            f'<circle class="dot {kind}" cx="{across(factor):.1f}" cy="{down(loss):.1f}" r="3.5"/>'
+            for factor, loss in row
+        ]
+        name = f"{axes[0]} alone" if len(axes) == 1 else "all three" if len(axes) == 3 else " + ".join(axes)
+        style = "title" if len(axes) == 3 else "" if len(axes) == 1 else "soft"
+        if row[-1][0] < factors[-1]:  # nothing smaller with these axes
+            x, y = across(row[-1][0]) + 8, down(row[-1][1]) - 8
+            shorter.append(_text(round(x, 1), round(y, 1), name, f"{style} halo".strip()))
+        else:
+            names.append((down(row[-1][1]), name, style))
+    at = top - 14.0
+    for y, name, kind in sorted(names):
+        at = max(at + 17, y + 4)
+        parts.append(_text(right + 12, round(at, 1), name, kind))
+    return _svg(
+        parts + shorter, 386, "Loss against the size of the cache, saved on depth, bits, tokens, and several of them"
+    )
 
 
 PICTURES: dict[str, Callable[[], str]] = {

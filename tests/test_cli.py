@@ -646,7 +646,9 @@ def test_internal_errors_keep_their_traceback(model: Path, monkeypatch: pytest.M
         run("bench", model)
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "adapt", "evaluate", "generate", "bench", "report"])
+@pytest.mark.parametrize(
+    "command", ["demo", "inspect", "merge-heads", "adapt", "evaluate", "generate", "bench", "report"]
+)
 def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert "--json" in capsys.readouterr().out

@@ -29,6 +29,7 @@ import depthkv.data
 from depthkv import SharingPlan, load
 from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
 from depthkv.cli import app, main
+from depthkv.compress import CacheRecipe
 from depthkv.location import Location
 from plan_figures import plan_file
 from tiny import WORDS, tiny_checkpoint, tiny_model, tiny_text
@@ -41,6 +42,7 @@ LAYERS = 30
 """Of SmolLM2-135M, which the pages' plans are for."""
 
 SMALLER = {"300_000": "600", "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)"}
+SMALLER["token_blocks(training, tokenizer, 512)"] = "token_blocks(training, tokenizer, 64)"
 SMALLER["named_blocks(training, tokenizer, 512)"] = "named_blocks(training, tokenizer, 64)"
 """What Python blocks say, and what runs instead."""
 
@@ -53,6 +55,7 @@ SMALL_OPTIONS = {
     "--max-new-tokens": ["3"],
     "--length": ["192"],
     "--kv-budget": ["512"],
+    "--block-size": ["32"],
 }
 """What is given instead of the numbers of a command line."""
 
@@ -234,8 +237,9 @@ def quick(arguments: list[str]) -> list[str]:
     for argument in rest:
         if skipping and not argument.startswith("-"):
             continue
-        skipping = argument in SMALL_OPTIONS
-        found += [argument, *SMALL_OPTIONS.get(argument, [])]
+        small = {} if name == "recipe" else SMALL_OPTIONS  # nothing is read or written there: its numbers are free
+        skipping = argument in small
+        found += [argument, *small.get(argument, [])]
     added = ADDED_OPTIONS.get(name, {}) | ({} if "--minutes" in found or name != "adapt" else {"--tokens": "64"})
     for option, value in added.items():
         found += [] if option in found else [option, value]
@@ -356,9 +360,11 @@ def keys_of(value: Any, path: str = "", whole: tuple[str, ...] = ()) -> set[str]
 
 
 def test_evaluation_has_the_documented_keys(here: Path) -> None:
-    arguments = quick(shlex.split("evaluate adapted --data my-text --suite all --questions squad.json --json e.json"))
-    assert main(arguments) == 0
-    found = keys_of(json.loads(Path("e.json").read_text()), whole=("environment", "recipe", "full_cache"))
+    CacheRecipe(plan=SharingPlan.every(2, LAYERS), key_bits=4, group_size=8).save("r.json")
+    options = "--data my-text --suite all --questions squad.json --recipe r.json --json e.json"
+    assert main(quick(shlex.split(f"evaluate adapted {options}"))) == 0
+    whole = ("environment", "recipe", "full_cache", "rows[].cache_recipe")
+    found = keys_of(json.loads(Path("e.json").read_text()), whole=whole)
     assert found | {"rows[]"} == documented("evaluate")
 
 
@@ -385,11 +391,25 @@ def test_plan_has_the_documented_keys(here: Path) -> None:
         assert keys_of(figures, whole=whole) | {"nested[]", "comparison[]", "certainty"} == documented("plan")
 
 
+def test_recipe_has_the_documented_keys(here: Path) -> None:
+    command = "plan adapted --data my-text --kv-budget 1KiB --axes depth bits tokens --plan plan.json --out r.json "
+    assert main(quick(shlex.split(command + "--json f.json --cost-blocks 2 --block-size 96"))) == 0
+    whole = ("environment", "recipe", "prediction.coefficients", "sensitivity")
+    whole += ("comparison[].recipe", "comparison[].against_single")
+    found = keys_of(json.loads(Path("f.json").read_text()), whole=whole)
+    assert found | {"measured[]", "comparison[]"} == documented("recipe")
+
+
 def test_router_has_the_documented_keys(here: Path) -> None:
     command = "router adapted --data my-text --retention .5 --out r.safetensors --json r.json"
     assert main(quick(shlex.split(command))) == 0
     found = keys_of(json.loads(Path("r.json").read_text()), whole=("environment",))
     assert found == documented("router")
+
+
+def test_merge_heads_has_the_documented_keys(here: Path) -> None:
+    assert main(shlex.split("merge-heads builtin:smollm2-135m --kv-heads 1 --out merged --json m.json")) == 0
+    assert keys_of(json.loads(Path("m.json").read_text())) == documented("merge-heads")
 
 
 _SPREAD = ("_min", "_max")

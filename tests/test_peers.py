@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers.cache_utils
 from transformers import DynamicCache
 
 from depthkv import SharingPlan, share
+from depthkv.cache import FollowerLayer
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.arms import Arm
 from depthkv.evaluate.text import PIECE, read_text
@@ -132,6 +135,78 @@ class TestQuantised:
         vectors = 2 * LAYERS
         expected = vectors * (511 * (64 * bits // 8 + 4) + 64 * 2)
         assert peers.measured_bytes(model, arm, 512) == expected
+
+
+class TestQuantisedUnderAPlan:
+    """transformers' quantised caches are read back once in a step for each leader, whoever reads it."""
+
+    PLAN = SharingPlan([0, 0, 0, 3])
+
+    @staticmethod
+    def counted(model: Any, layer_class: Any, **options: Any) -> tuple[Any, list[int], list[int]]:
+        """The cache after 8 tokens, numbers read back in each step, and how many read-back tensors were alive then."""
+        calls: list[int] = []
+        alive: list[int] = []
+        made: list[weakref.ref[torch.Tensor]] = []
+        real = layer_class._dequantize
+
+        def counting(self: Any, packed: Any) -> torch.Tensor:
+            if len(calls) % 2 == 0:  # the keys of a layer
+                alive.append(sum(reference() is not None for reference in made))
+            calls.append(1)
+            found: torch.Tensor = real(self, packed)
+            made.append(weakref.ref(found))
+            return found
+
+        with pytest.MonkeyPatch.context() as patch, share(model, TestQuantisedUnderAPlan.PLAN):
+            patch.setattr(layer_class, "_dequantize", counting)
+            output = model.generate(
+                BLOCKS[:2, :20],
+                attention_mask=torch.ones(2, 20, dtype=torch.long),
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=2,
+                eos_token_id=None,
+                return_dict_in_generate=True,
+                **options,
+            )
+        return output.past_key_values, calls, alive
+
+    def check(self, found: tuple[Any, list[int], list[int]], layer_class: Any) -> None:
+        cache, calls, alive = found
+        assert [type(layer) for layer in cache.layers] == [layer_class, FollowerLayer, FollowerLayer, layer_class]
+        steps, leaders = 7, 2
+        assert len(calls) == steps * leaders * 2  # keys and values
+        assert set(alive) == {0}
+
+    def test_a_layer_in_plain_torch(self, model: Any) -> None:
+        cache = peers.quantised_cache(model.config, 4, residual_length=4)
+        found = self.counted(model, peers.PackedLayer, past_key_values=cache)
+        self.check(found, peers.PackedLayer)
+        half = sum(isinstance(layer, peers.PackedLayer) for layer in cache.layers)
+        alone = peers.quantised_cache(model.config, 4, residual_length=4)
+        written_in_full = self.counted_in_full(model, alone)
+        assert peers.stored_bytes(cache) * LAYERS == peers.stored_bytes(written_in_full) * half
+
+    @staticmethod
+    def counted_in_full(model: Any, cache: Any) -> Any:
+        ones = torch.ones(2, 20, dtype=torch.long)
+        model.generate(
+            BLOCKS[:2, :20],
+            attention_mask=ones,
+            past_key_values=cache,
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return cache
+
+    def test_its_own_by_name(self, model: Any) -> None:
+        fp8 = getattr(transformers.cache_utils, "Fp8QuantizedLayer", None)
+        if fp8 is None:
+            pytest.skip("transformers from 5.2x on")
+        options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+        self.check(self.counted(model, fp8, **options), fp8)
 
 
 class TestMiniCache:

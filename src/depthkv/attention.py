@@ -21,12 +21,23 @@ from depthkv.architectures import Family
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each `[batch, kv_heads, tokens, head_dim]`."""
 
+Noise = Callable[[int, Pair], Pair]
+"""From a layer and its pair to what its readers see. The same in must give the same out: layers may be recomputed."""
+
 
 class Step:
     """What the layers share during one forward of the decoder (and its recomputation in backward)."""
 
-    def __init__(self, *maps: tuple[int, ...], skip_unread: bool = True, keep_pairs: bool = False) -> None:
+    def __init__(
+        self,
+        *maps: tuple[int, ...],
+        skip_unread: bool = True,
+        keep_pairs: bool = False,
+        noise: Noise | None = None,
+    ) -> None:
         self.sources = maps[0]
+        self.noise = noise
+        """Changes what each source gives, itself included."""
         num_layers = len(self.sources)
         # one map for all sequences of the batch, or one for each: then a layer may read a mixture of layers
         self.mixed: list[tuple[int, ...] | None] = [
@@ -101,6 +112,8 @@ class LayerCache:
         if step.computes_kv[layer]:
             if self._cache is not None:
                 pair = self._cache.update(keys, values, layer_idx, *args, **kwargs)
+            if step.noise is not None:
+                pair = step.noise(layer, pair)
             # first write wins: a recomputed pair must not replace the one that the autograd graph knows
             if layer in step.last_reader and layer not in step.pairs:
                 step.pairs[layer] = pair

@@ -7,7 +7,6 @@ A run that needs more memory than there is counts as a figure, too: it does not 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import platform
@@ -17,23 +16,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.memory import measured_cache_bytes
+from depthkv.peak import read_peak, start_peak
 from depthkv.plan import SharingPlan
 from depthkv.roofline import MachineLimits, Work, forward_work, measure_limits, roofline
 from depthkv.sharing import share
 
 ARMS = ("full", "shared")
 
-_CELL = ("retention", "leaders", "prompt_tokens", "new_tokens", "batch_size", "arms", "ratios")
+How = SharingPlan | CacheRecipe
+
+_CELL = ("retention", "leaders", "cache_recipe", "prompt_tokens", "new_tokens", "batch_size", "arms", "ratios")
 """Keys of `BenchResult.to_dict` that differ between the cells of a grid."""
 
 
@@ -85,7 +87,8 @@ class Sample:
 class BenchResult:
     """All samples of both arms: one cell of a grid."""
 
-    plan: SharingPlan
+    how: How
+    """Of the shared arm."""
     config: BenchConfig
     samples: dict[str, tuple[Sample, ...]]
     """By arm, in the order measured; sample i of both arms ran side by side. None of an arm that ran out of memory."""
@@ -93,6 +96,11 @@ class BenchResult:
     """Device, threads, versions, dtype."""
     work: Mapping[str, Mapping[str, Work]] = field(default_factory=dict)
     """By arm and phase: what the prompt's forward needs ("prefill") and a decoding step halfway ("decode")."""
+
+    @property
+    def plan(self) -> SharingPlan:
+        """Of the shared arm."""
+        return self.how.plan if isinstance(self.how, CacheRecipe) else self.how
 
     @property
     def out_of_memory(self) -> tuple[str, ...]:
@@ -140,6 +148,7 @@ class BenchResult:
             "ratios": {name: self.ratio(name) for name in fields},
             "retention": self.plan.retention,
             "leaders": list(self.plan.leaders),
+            "cache_recipe": self.how.figures() if isinstance(self.how, CacheRecipe) else None,
             **asdict(self.config),
             **self.machine,
         }
@@ -169,11 +178,11 @@ class GridResult:
 
 def bench_grid(
     model: nn.Module,
-    plans: Sequence[SharingPlan],
+    plans: Sequence[How],
     configs: Sequence[BenchConfig],
     progress: Callable[[int], None] | None = None,
 ) -> GridResult:
-    """`bench` for every plan with every config, and what the machine allows. `progress` is as for `bench`.
+    """`bench` for every plan or recipe with every config, and what the machine allows. `progress` is as for `bench`.
 
     Raises:
         DepthKVError: no plan or config, or the first cell runs out of memory with either cache.
@@ -196,49 +205,21 @@ def bench_grid(
 
 
 def bench(
-    model: nn.Module, plan: SharingPlan, config: BenchConfig, progress: Callable[[int], None] | None = None
+    model: nn.Module, plan: How, config: BenchConfig, progress: Callable[[int], None] | None = None
 ) -> BenchResult:
-    """Measure `model` as it is and under `plan`, in turns. `progress` is called with 1 after each of
-    `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
+    """Measure `model` as it is and under `plan`, which may be a recipe, in turns. `progress` is called with 1 after
+    each of `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
 
     Raises:
         PlanError: the plan does not fit, or the model is shared already.
         UnsupportedModelError: as for `share`.
     """
+    samples, work = bench_arms(model, {"full": None, "shared": plan}, config, progress)
     device = _device(model)
-    decoder = find_decoder(model)
-    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(config.seed)
-    prompt = torch.randint(vocabulary, (config.batch_size, config.prompt_tokens), generator=generator).to(device)
-    training = model.training
-    model.eval()
-    samples: dict[str, list[Sample]] = {arm: [] for arm in ARMS}
-    work: dict[str, Mapping[str, Work]] = {}
-    options = {"logits_to_keep": 1} if _takes_logits_to_keep(decoder) else {}
-    exhausted: set[str] = set()
-    try:
-        for arm in ARMS:
-            with _sharing(model, plan, arm):  # which switches on an adapter that was trained for it
-                work[arm] = _count(decoder, plan if arm == "shared" else None, config, bool(options))
-        for repeat in range(config.repeats + 1):
-            # whichever comes first in a pair could be at an advantage, so they take turns at that, too
-            for arm in ARMS if repeat % 2 else reversed(ARMS):
-                if arm not in exhausted:
-                    with _sharing(model, plan, arm):
-                        sample = _try_run(model, prompt, config.new_tokens, device, options)
-                    if sample is None:
-                        exhausted.add(arm)
-                        samples[arm].clear()
-                    elif repeat > 0:  # the first pair warms up
-                        samples[arm].append(sample)
-                if progress is not None:
-                    progress(1)
-    finally:
-        model.train(training)
     return BenchResult(
-        plan=plan,
+        how=plan,
         config=config,
-        samples={arm: tuple(values) for arm, values in samples.items()},
+        samples=samples,
         machine={
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "threads": torch.get_num_threads(),
@@ -249,14 +230,57 @@ def bench(
     )
 
 
+def bench_arms(
+    model: nn.Module,
+    arms: Mapping[str, How | None],
+    config: BenchConfig,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[dict[str, tuple[Sample, ...]], dict[str, Mapping[str, Work]]]:
+    """Samples and work by arm, as in `BenchResult`, of any number of arms in turns; None is the model as it is.
+
+    `progress` and errors are as for `bench`.
+    """
+    device = _device(model)
+    decoder = find_decoder(model)
+    vocabulary: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(config.seed)
+    prompt = torch.randint(vocabulary, (config.batch_size, config.prompt_tokens), generator=generator).to(device)
+    training = model.training
+    model.eval()
+    samples: dict[str, list[Sample]] = {arm: [] for arm in arms}
+    work: dict[str, Mapping[str, Work]] = {}
+    options = {"logits_to_keep": 1} if _takes_logits_to_keep(decoder) else {}
+    exhausted: set[str] = set()
+    try:
+        for arm, how in arms.items():
+            with _sharing(model, how):  # which switches on an adapter that was trained for it
+                work[arm] = _count(decoder, how, config, bool(options))
+        for repeat in range(config.repeats + 1):
+            # whichever comes first in a pair could be at an advantage, so they take turns at that, too
+            for arm in arms if repeat % 2 else reversed(list(arms)):
+                if arm not in exhausted:
+                    with _sharing(model, arms[arm]):
+                        sample = _try_run(model, prompt, config.new_tokens, device, options)
+                    if sample is None:
+                        exhausted.add(arm)
+                        samples[arm].clear()
+                    elif repeat > 0:  # the first pair warms up
+                        samples[arm].append(sample)
+                if progress is not None:
+                    progress(1)
+    finally:
+        model.train(training)
+    return {arm: tuple(values) for arm, values in samples.items()}, work
+
+
 def _device(model: nn.Module) -> torch.device:
     device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
     assert isinstance(device, torch.device)
     return device
 
 
-def _sharing(model: nn.Module, plan: SharingPlan, arm: str) -> AbstractContextManager[Any]:
-    return share(model, plan) if arm == "shared" else nullcontext()
+def _sharing(model: nn.Module, how: How | None) -> AbstractContextManager[Any]:
+    return nullcontext() if how is None else share(model, how)
 
 
 def _takes_logits_to_keep(decoder: Decoder) -> bool:
@@ -266,18 +290,18 @@ def _takes_logits_to_keep(decoder: Decoder) -> bool:
     return "logits_to_keep" in parameters or (hands_on and decoder.head_with_logits_to_keep() is not None)
 
 
-def _count(decoder: Decoder, plan: SharingPlan | None, config: BenchConfig, last_logits_only: bool) -> dict[str, Work]:
-    plan = plan or SharingPlan.full(decoder.num_layers)
+def _count(decoder: Decoder, how: How | None, config: BenchConfig, last_logits_only: bool) -> dict[str, Work]:
+    how = how or SharingPlan.full(decoder.num_layers)
     halfway = config.prompt_tokens + (config.new_tokens - 2) // 2
     return {
         "prefill": forward_work(
             decoder,
-            plan,
+            how,
             batch_size=config.batch_size,
             new_tokens=config.prompt_tokens,
             last_logits_only=last_logits_only,
         ),
-        "decode": forward_work(decoder, plan, batch_size=config.batch_size, new_tokens=1, past_tokens=halfway),
+        "decode": forward_work(decoder, how, batch_size=config.batch_size, new_tokens=1, past_tokens=halfway),
     }
 
 
@@ -307,7 +331,7 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 def _run(
     model: nn.Module, prompt: torch.Tensor, new_tokens: int, device: torch.device, options: dict[str, Any]
 ) -> Sample:
-    start = _start_peak(device)
+    start = start_peak(device)
     cache = DynamicCache(config=model.config)  # type: ignore[no-untyped-call, unused-ignore]
 
     began = _now(device)
@@ -319,7 +343,7 @@ def _run(
         marks.append(_mark(device))
     ended = _now(device)
 
-    peak = _peak(device)
+    peak = read_peak(device)
     return Sample(
         ttft_s=first - began,
         decode_tokens_per_s=len(prompt) * (new_tokens - 1) / (ended - first),
@@ -348,40 +372,3 @@ def _mark(device: torch.device) -> Any:
 def _seconds(earlier: Any, later: Any) -> float:
     """Between two marks, after both have passed."""
     return float(later - earlier) if isinstance(later, float) else float(earlier.elapsed_time(later)) / 1000
-
-
-def _start_peak(device: torch.device) -> int | None:
-    """Start to measure the peak anew; the bytes in use now, None where the peak cannot be measured."""
-    gc.collect()
-    if device.type == "cuda":
-        gpus = range(torch.cuda.device_count())
-        for gpu in gpus:
-            torch.cuda.reset_peak_memory_stats(gpu)
-        return sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
-    if device.type != "cpu" or not Path("/proc/self/clear_refs").exists():
-        return None
-    # memory that the other arm freed would stay resident, and this arm's use of it would not show
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the highest resident size so far
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return sum(torch.cuda.max_memory_allocated(gpu) for gpu in range(torch.cuda.device_count()))
-    return _status_bytes("VmHWM") if device.type == "cpu" else None
-
-
-def _status_bytes(name: str) -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None

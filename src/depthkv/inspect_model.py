@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from depthkv.architectures import LayerKind, layer_kinds, text_config
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.errors import DepthKVError
 from depthkv.memory import (
     cache_bytes,
@@ -47,11 +48,14 @@ class KindGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCost:
-    """What one plan costs in memory."""
+    """What one plan or recipe costs in memory."""
 
     name: str
     plan: SharingPlan
+    recipe: CacheRecipe | None
+    """Around the plan."""
     bytes_per_token: int
+    """With a recipe, the mean over the context."""
     cache_bytes: int
     """At the context and batch asked for."""
     activation_bytes: int
@@ -134,6 +138,7 @@ class Inspection:
                     "retention": cost.plan.retention,
                     "leaders": list(cost.plan.leaders),
                     "kv_source_layers": list(cost.plan.kv_source_layers),
+                    "cache_recipe": None if cost.recipe is None else cost.recipe.figures(),
                     "kv_bytes_per_token": cost.bytes_per_token,
                     "cache_bytes": cost.cache_bytes,
                     "activation_bytes": cost.activation_bytes,
@@ -162,7 +167,7 @@ def default_plans(config: PreTrainedConfig) -> list[tuple[str, SharingPlan]]:
 
 def inspect_model(
     config: PreTrainedConfig,
-    plans: Sequence[tuple[str, SharingPlan]],
+    plans: Sequence[tuple[str, SharingPlan | CacheRecipe]],
     *,
     dtype: torch.dtype,
     context: int,
@@ -177,7 +182,7 @@ def inspect_model(
 
     Args:
         config: of a causal language model.
-        plans: (name, plan), each for the layers of the model.
+        plans: (name, plan or recipe), each for the layers of the model.
         dtype: of cache and weights.
         context: tokens per sequence.
         batch: sequences.
@@ -219,24 +224,35 @@ def inspect_model(
 def _cost(
     config: PreTrainedConfig,
     name: str,
-    plan: SharingPlan,
+    how: SharingPlan | CacheRecipe,
     dtype: torch.dtype,
     context: int,
     batch: int,
     room: int | None,
     full: PlanCost | None,
 ) -> PlanCost:
-    """What `plan` costs, with `room` bytes beside the weights, compared with `full` or itself."""
+    """What `how` costs, with `room` bytes beside the weights, compared with `full` or itself."""
+    recipe = how if isinstance(how, CacheRecipe) else None
+    plan = how.plan if isinstance(how, CacheRecipe) else how
+
+    def held(tokens: int, sequences: int) -> int:
+        if recipe is not None:
+            return recipe.cache_bytes(config, dtype, tokens, sequences)
+        return cache_bytes(config, dtype, tokens, sequences, plan)
+
     activations = prefill_activation_bytes(config, dtype, context, 1, plan)
     sequences = longest = None
     if room is not None:
-        sequences = max(0, (room - activations) // cache_bytes(config, dtype, context, 1, plan))
-        longest = _longest_context(config, dtype, batch, plan, room)
+        sequences = max(0, (room - activations) // held(context, 1))
+        longest = _longest(
+            lambda tokens: held(tokens, batch) + prefill_activation_bytes(config, dtype, tokens, 1, plan) <= room
+        )
     return PlanCost(
         name=name,
         plan=plan,
-        bytes_per_token=kv_bytes_per_token(config, dtype, plan),
-        cache_bytes=cache_bytes(config, dtype, context, batch, plan),
+        recipe=recipe,
+        bytes_per_token=round(held(context, 1) / context) if recipe else kv_bytes_per_token(config, dtype, plan),
+        cache_bytes=held(context, batch),
         activation_bytes=activations,
         sequences=sequences,
         longest_context=longest,
@@ -249,13 +265,8 @@ def _ratio(value: int | None, full: int | None) -> float | None:
     return value / full if value is not None and full else None
 
 
-def _longest_context(config: PreTrainedConfig, dtype: torch.dtype, batch: int, plan: SharingPlan, room: int) -> int:
-    """The most tokens whose cache, and the activations of one prefill, fit into `room` bytes."""
-
-    def fits(tokens: int) -> bool:
-        activations = prefill_activation_bytes(config, dtype, tokens, 1, plan)
-        return cache_bytes(config, dtype, tokens, batch, plan) + activations <= room
-
+def _longest(fits: Callable[[int], bool]) -> int:
+    """The most tokens that fit."""
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high

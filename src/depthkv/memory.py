@@ -65,7 +65,7 @@ def _leader_kinds(config: PreTrainedConfig, plan: SharingPlan | None) -> list[La
 
 def measured_cache_bytes(cache: Cache) -> int:
     """Bytes of the storage that a transformers cache really holds, each storage counted once."""
-    from depthkv.compress.packing import PackedTensor
+    from depthkv.compress.packing import PackedTensor, PlainTensor
 
     storages: dict[int, int] = {}
 
@@ -79,8 +79,8 @@ def measured_cache_bytes(cache: Cache) -> int:
                 visit(item, depth + 1)
         elif isinstance(value, dict) and depth < 4:
             visit(list(value.values()), depth + 1)
-        elif isinstance(value, PackedTensor):
-            visit(value.tensors, depth)
+        elif isinstance(value, (PackedTensor, PlainTensor)):
+            visit(value.tensors(), depth)
 
     for layer in cache.layers:
         # a layer of an adaptive cache keeps its pairs in one of transformers'

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from depthkv.architectures import LayerKind, text_config
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder
 from depthkv.memory import kv_bytes_per_layer
 from depthkv.plan import SharingPlan
@@ -99,14 +100,14 @@ def roofline(
 
 def forward_work(
     decoder: Decoder,
-    plan: SharingPlan,
+    how: SharingPlan | CacheRecipe,
     *,
     batch_size: int,
     new_tokens: int,
     past_tokens: int = 0,
     last_logits_only: bool = True,
 ) -> Work:
-    """What one forward under `plan` needs: a prefill without past tokens, a decoding step with one new token.
+    """What one forward under `how` needs: a prefill without past tokens, a decoding step with one new token.
 
     The weights are those of the modules themselves. Adapters of PEFT count as they stand, on or off, so count under
     `share` what runs under it. Of experts (mixture of experts), each token uses as many as the config says; how many
@@ -114,13 +115,16 @@ def forward_work(
 
     Args:
         decoder: from `find_decoder`.
-        plan: `SharingPlan.full` for the model as it is.
+        how: `SharingPlan.full` for the model as it is. Under a recipe every layer reads what its source keeps, packed
+            as it lies in memory; to unpack it before it is read, as depthkv does, moves more.
         batch_size: sequences.
         new_tokens: of each sequence, in this forward.
         past_tokens: of each sequence, in the cache already.
         last_logits_only: `logits_to_keep=1`, as in `generate()`. Layers above the last leader then run for the last
             position only, see `depthkv.prefill`.
     """
+    recipe = how if isinstance(how, CacheRecipe) else None
+    plan = how.plan if isinstance(how, CacheRecipe) else how
     config = text_config(decoder.config)
     dtype: torch.dtype = decoder.model.dtype  # type: ignore[assignment]
     implementation = str(getattr(config, "_attn_implementation", None) or "eager")
@@ -135,8 +139,13 @@ def forward_work(
         weight_bytes += weights.bytes_read(batch_size * positions)
         weight_flops += weights.flops_per_token * batch_size * positions
         pairs, keys = _visible(kind, past_tokens + new_tokens - positions, positions)
+        read = keys * kv_bytes_per_layer(kind, dtype)
+        if recipe is not None and kind.window is None:
+            pairs -= (past_tokens - recipe.kept_tokens(past_tokens)) * positions
+            read -= past_tokens * kv_bytes_per_layer(kind, dtype)
+            read += recipe.layer_bytes(kind, recipe.bits[plan.kv_source_layers[layer]], dtype, past_tokens)
         attention_flops += 4 * config.num_attention_heads * kind.head_dim * pairs * batch_size
-        cache_read += keys * kv_bytes_per_layer(kind, dtype) * batch_size
+        cache_read += read * batch_size
     # the decoder without its layers: embeddings and the last norm
     rest = _Weights(config)
     rest.add(decoder.module, skipped=decoder.layers)

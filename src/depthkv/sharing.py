@@ -15,7 +15,7 @@ from transformers import Cache
 
 from depthkv import attention
 from depthkv.architectures import LayerKind
-from depthkv.attention import Step
+from depthkv.attention import Noise, Step
 from depthkv.cache import fit_cache
 from depthkv.checkpointing import is_checkpointed, refuse_reentrant_checkpointing, run_step
 from depthkv.decoder import Decoder, find_decoder
@@ -126,7 +126,13 @@ class Routing(Patches):
     done = "routed"
 
     def __init__(
-        self, model: nn.Module, sampler: Sampler, step: int, skip_unread: bool, only_in_training: bool
+        self,
+        model: nn.Module,
+        sampler: Sampler,
+        step: int,
+        skip_unread: bool,
+        only_in_training: bool,
+        noise: Noise | None = None,
     ) -> None:
         decoder = find_decoder(model)
         super().__init__(decoder, adapter_switch(model))
@@ -139,6 +145,7 @@ class Routing(Patches):
         self.last_maps = [self.last_plan]
         """The same for each sequence of the batch, where the sampler draws one for each; otherwise one map."""
         self.skip_unread = skip_unread
+        self.noise = noise
         guarded(self, self._apply)
 
     def _apply(self) -> None:
@@ -159,7 +166,12 @@ class Routing(Patches):
                         "past_key_values; generate under share(model, plan) instead"
                     )
                 kwargs["use_cache"] = False
-                step = Step(*self._draw(arguments), skip_unread=self.skip_unread, keep_pairs=is_checkpointed(decoder))
+                step = Step(
+                    *self._draw(arguments),
+                    skip_unread=self.skip_unread,
+                    keep_pairs=is_checkpointed(decoder),
+                    noise=self.noise,
+                )
                 return run_step(context, step, decoder, original, args, kwargs)
 
             return forward
@@ -285,7 +297,13 @@ def share(
 
 
 def route(
-    model: nn.Module, sampler: Sampler, *, step: int = 0, skip_unread: bool = True, only_in_training: bool = False
+    model: nn.Module,
+    sampler: Sampler,
+    *,
+    step: int = 0,
+    skip_unread: bool = True,
+    only_in_training: bool = False,
+    noise: Noise | None = None,
 ) -> Routing:
     """Stochastic KV routing for training: every forward of the model draws a fresh map (arXiv:2604.22782, section 3).
 
@@ -300,6 +318,8 @@ def route(
         skip_unread: do not compute K and V that no layer reads in a step. Their weights then get no gradient in that
             step; DistributedDataParallel wants False.
         only_in_training: in evaluation mode the model is as it was, with its own KV and caches, and no step is counted.
+        noise: from a layer and the keys and values that it computed to what it and others read of them, for example
+            `depthkv.compress.recipe_noise(recipe, kinds)`. The same in must give the same out.
 
     Raises:
         PlanError: the model is shared or routed already, or the sampler drew an invalid map.
@@ -307,7 +327,7 @@ def route(
     """
     if not callable(getattr(sampler, "draw", None)):
         raise PlanError(f"expected a sampler with a method draw(step, kinds), got {type(sampler).__name__}")
-    return Routing(model, sampler, step, skip_unread, only_in_training)
+    return Routing(model, sampler, step, skip_unread, only_in_training, noise)
 
 
 def check_plan(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> None:

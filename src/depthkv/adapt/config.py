@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from depthkv.architectures import LayerKind
+from depthkv.attention import Noise
+from depthkv.compress.noise import recipe_noise
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder
 from depthkv.errors import DepthKVError
 from depthkv.patches import ADAPTER_SWITCH
@@ -79,6 +83,8 @@ class AdaptConfig:
     """Stop after so many measurements without a better one."""
     report_to: tuple[str, ...] = ()
     """Where losses go: "tensorboard", "trackio", "wandb" or "mlflow", if they are installed."""
+    cache_recipe: CacheRecipe | None = None
+    """Train with the noise of its few bits (`depthkv.compress.recipe_noise`)."""
 
     def __post_init__(self) -> None:
         if (self.max_tokens is None) == (self.max_minutes is None):
@@ -136,6 +142,10 @@ class AdaptConfig:
         """Plans and weights of `best_mix`."""
         plans = [SharingPlan.for_retention(retention, kinds) for retention, _ in self.best_mix]
         return plans, [weight for _, weight in self.best_mix]
+
+    def noise(self, kinds: tuple[LayerKind, ...]) -> Noise | None:
+        """Of `cache_recipe`, for `route`."""
+        return None if self.cache_recipe is None else recipe_noise(self.cache_recipe, kinds)
 
     def uses_bf16(self, device: torch.device) -> bool:
         """Whether forward and backward run under bf16 autocast on this device."""

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ def adapt(
             sampler=sampler,
             objective=objective,
             independent_maps=config.independent_maps,
+            noise=config.noise(decoder.kinds),
             curve_blocks=eval_blocks,
             curve_plans=plans,
             curve_weights=weights,
@@ -392,9 +393,11 @@ def _settings(
     model: nn.Module, config: AdaptConfig, sampler: Sampler, objective: Objective | None, examples: Examples
 ) -> dict[str, Any]:
     """What has to be equal for a run to be taken up again."""
-    settings = asdict(config)
+    settings = asdict(replace(config, cache_recipe=None))
     for name in ("save_every_minutes", "report_to"):
         del settings[name]
+    if config.cache_recipe is not None:
+        settings["cache_recipe"] = config.cache_recipe.figures()
     settings["model"] = f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters"
     settings["sampler"] = repr(sampler)
     settings["objective"] = repr(objective or LanguageModelLoss())

@@ -123,6 +123,7 @@ def train_in_stages(
             learning_rate=AdaptConfig(max_tokens=1).learning_rate,
             eval_every=None,
             early_stop=None,
+            cache_recipe=None,  # the full cache is as exact as it was
         )
         place = None if folder is None else folder / "finetune"
         given = {name: value for name, value in arguments.items() if name != "eval_blocks"}
@@ -211,7 +212,7 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
         training, peak = adapted.training, None
         adapted.train()
         with (
-            route(adapted, sampler, only_in_training=True),
+            route(adapted, sampler, only_in_training=True, noise=config.noise(find_decoder(adapted).kinds)),
             _objective(stages, adapted).bound(adapted, torch.bfloat16 if bf16 else torch.float32) as loss,
         ):
             for _ in range(2):  # the first one warms up

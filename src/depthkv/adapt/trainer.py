@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from depthkv.adapt.checkpoints import STAGING, seal
 from depthkv.adapt.loss import LossFunction, predicted
 from depthkv.adapt.objectives import LanguageModelLoss, Objective
+from depthkv.attention import Noise
 from depthkv.errors import CheckpointError, DepthKVError
 from depthkv.evaluate import retention_curve
 from depthkv.head import undistributed
@@ -41,21 +42,23 @@ class RoutingCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     what it would have drawn, and all ranks draw the same.
     """
 
-    def __init__(self, sampler: Sampler, *, independent_maps: bool = False) -> None:
+    def __init__(self, sampler: Sampler, *, independent_maps: bool = False, noise: Noise | None = None) -> None:
         """
         Args:
             sampler: draws the maps.
             independent_maps: each rank of a distributed run draws maps of its own.
+            noise: as for `route`.
         """
         self.sampler = sampler
         self.independent_maps = independent_maps
+        self.noise = noise
         self.routing: Routing | None = None
 
     def attach(self, model: nn.Module, rank: int = 0, world_size: int = 1) -> Routing:
         """Route `model`; `on_train_begin` does it where nobody has."""
         sampler = independent(self.sampler, rank) if self.independent_maps else self.sampler
         # a rank waits for gradients of every weight: none may be left out in a step
-        self.routing = route(model, sampler, only_in_training=True, skip_unread=world_size == 1)
+        self.routing = route(model, sampler, only_in_training=True, skip_unread=world_size == 1, noise=self.noise)
         return self.routing
 
     def detach(self) -> None:
@@ -99,6 +102,7 @@ class RoutingTrainer(Trainer):
         sampler: Sampler,
         objective: Objective | None = None,
         independent_maps: bool = False,
+        noise: Noise | None = None,
         curve_blocks: torch.Tensor | None = None,
         curve_plans: Sequence[SharingPlan] = (),
         curve_weights: Sequence[float] | None = None,
@@ -113,6 +117,7 @@ class RoutingTrainer(Trainer):
             sampler: draws the routing maps.
             objective: what is minimised; None is the language-model loss.
             independent_maps: each rank draws maps of its own.
+            noise: as for `route`.
             curve_blocks: held-out token ids, `[blocks, tokens]`.
             curve_plans: where on the retention curve to measure.
             curve_weights: one for each plan, of `eval_mix`; None weighs them equally.
@@ -145,7 +150,7 @@ class RoutingTrainer(Trainer):
         self.step_losses: list[float] = []
         """Of the forwards of the current optimizer step, on this rank."""
         self.last_grad_norm = math.nan
-        self.routing_callback = RoutingCallback(sampler, independent_maps=independent_maps)
+        self.routing_callback = RoutingCallback(sampler, independent_maps=independent_maps, noise=noise)
         self.add_callback(self.routing_callback)
 
     # Training

@@ -18,12 +18,15 @@ from depthkv.cli.bench import bench_command
 from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.generate import generate_command
+from depthkv.cli.handmade import recipe_command
+from depthkv.cli.heads import merge_heads_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.train import adapt_command
+from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.run import SUITES
 
@@ -34,6 +37,9 @@ _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")}
+_SEVERAL["--recipe"] = re.compile(r".+\.json")
+_SEVERAL["--axes"] = re.compile("|".join(AXES))
+_SEVERAL["--plan"] = re.compile(r".+\.json")
 _SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
 """Options that may be followed by several values where a command takes them more than once, and what those look like:
 the argument after them could be MODEL."""
@@ -47,9 +53,11 @@ app = typer.Typer(
 )
 app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
 app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
+app.command("merge-heads", short_help="Fewer KV heads, to be adapted.")(merge_heads_command)
 app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
 app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
 app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)
+app.command("recipe", short_help="Bits and tokens of the caches that stay, by hand.")(recipe_command)
 app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
 app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from depthkv.bench import ARMS, BenchConfig, BenchResult, GridResult, bench_grid
+from depthkv.bench import ARMS, BenchConfig, BenchResult, GridResult, How, bench_grid
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, json_line, progress_bar, show, table, waiting, write_json
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.errors import DepthKVError
 from depthkv.machine import environment
 from depthkv.memory import format_bytes
@@ -27,6 +28,7 @@ def bench_command(
     plan: Annotated[
         list[Path] | None, typer.Option("--plan", metavar="FILE", help="A plan.json. Repeat it for several.")
     ] = None,
+    recipe: inputs.RecipeFiles = None,
     retention: inputs.Retentions = None,
     prompt_tokens: Annotated[
         list[int] | None, option("--prompt-tokens", count, "N...", "Tokens of the prompt.  [default: 1024]")
@@ -43,9 +45,10 @@ def bench_command(
 ) -> None:
     """Time to first token, decoding speed and memory, with the full and the shared cache in turns.
 
-    Every plan is measured with every prompt length and batch size, beside what this machine allows (roofline).
+    Every plan and recipe is measured with every prompt length and batch size, beside what this machine allows
+    (roofline).
 
-    Without --plan or --retention, the checkpoint's own plan is measured, or every second layer.
+    Without --plan, --recipe or --retention, the checkpoint's own plan is measured, or every second layer.
     """
     inputs.refuse_both(plan, retention)
     if new_tokens < 2:
@@ -58,13 +61,15 @@ def bench_command(
     ]
     config, kinds = inputs.read_config(model)
     with naming(model):
+        plans: list[How] = []
         if plan:
             plans = [inputs.read_plan(path, kinds) for path in plan]
         elif retention:
             plans = [SharingPlan.for_retention(share, kinds) for share in retention]
-        else:
+        elif not recipe:
             plans = [inputs.choose_plan(None, None, config, kinds, default=0.5)]
-        plans = list(dict.fromkeys(plans))
+        plans += [inputs.read_recipe(path, kinds) for path in recipe or ()]
+        plans = [how for i, how in enumerate(plans) if how not in plans[:i]]
         inputs.require_positions(config, max(lengths) + new_tokens, "--prompt-tokens and --new-tokens together")
     with waiting(f"loading {model}"):
         loaded, _, _ = load(model, dtype=dtype, device=device, progress=show)
@@ -128,20 +133,19 @@ def _cell_table(cell: BenchResult, limits: MachineLimits) -> Any:
     roofline = cell.roofline(limits)
     for phase, name in zip(PHASES, ("prompt", "decoding"), strict=True):
         rows.append([f"{name}, of the limit", *(_share(roofline[arm][f"{phase}_share"]) for arm in ARMS), ""])
-    kept = f"{len(cell.plan.leaders)} of {cell.plan.num_layers} layers kept"
-    return table(["median (range)", "full", f"shared: {kept}", "shared / full"], rows)
+    return table(["median (range)", "full", f"shared: {_kept(cell)}", "shared / full"], rows)
 
 
 def _grid_table(cells: Sequence[BenchResult], limits: MachineLimits) -> Any:
     """A row per cell: ratios of shared to full, and figures of full and shared."""
-    headings = ["layers kept", "prompt", "batch", "first token", "between tokens", "tokens per second"]
+    headings = ["cache", "prompt", "batch", "first token", "between tokens", "tokens per second"]
     headings += ["cache", "peak memory", "decoding, of the limit"]
     rows = []
     for cell in cells:
         roofline = cell.roofline(limits)
         rows.append(
             [
-                f"{len(cell.plan.leaders)} of {cell.plan.num_layers}",
+                _kept(cell),
                 f"{cell.config.prompt_tokens:,}",
                 str(cell.config.batch_size),
                 _ratio(cell, "ttft_s"),
@@ -153,6 +157,12 @@ def _grid_table(cells: Sequence[BenchResult], limits: MachineLimits) -> Any:
             ]
         )
     return table(headings, rows, "Medians, full → shared, or shared / full")
+
+
+def _kept(cell: BenchResult) -> str:
+    if isinstance(cell.how, CacheRecipe):
+        return cell.how.describe()
+    return f"{len(cell.plan.leaders)} of {cell.plan.num_layers} layers kept"
 
 
 def _both(cell: BenchResult, field: str, shown: Callable[[float], str]) -> str:

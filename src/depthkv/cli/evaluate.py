@@ -12,6 +12,7 @@ from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, number, progress_bar, show, table, waiting, write_json
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.arms import Arm, plan_arms
@@ -36,6 +37,7 @@ def evaluate_command(
     model: inputs.Model,
     data: inputs.Texts,
     plan: inputs.PlanFile = None,
+    recipe: inputs.RecipeFiles = None,
     retention: inputs.Retentions = None,
     suite: Annotated[
         list[str] | None, option("--suite", suite_name, "SUITE...", f"What to measure: {', '.join(SUITES)} or all.")
@@ -61,15 +63,21 @@ def evaluate_command(
 ) -> None:
     """What is lost under one plan, or at several retentions, with 95 % intervals and paired against the full cache.
 
+    With --recipe the first half of each block is read as a prompt and the other half through the cache, under every
+    plan, too; each recipe's plan is measured beside it.
+
     Perplexity by default. `depthkv report` makes a page of the JSON file.
     """
     inputs.refuse_both(plan, retention)
+    if recipe and block_size < 2:
+        raise DepthKVError(f"--block-size: expected at least 2 with --recipe, got {block_size}")
     suites = _suites(suite, questions)
     lengths = tuple(dict.fromkeys(length or (512, 1024)))
     settings = EvaluateConfig(
         suites=suites,
         block_size=block_size,
         blocks=blocks,
+        streamed_prompt=block_size // 2 if recipe else None,
         batch_size=batch_size,
         prompts=prompts,
         prompt_tokens=min(64, block_size),
@@ -81,7 +89,9 @@ def evaluate_command(
     )
     config, kinds = inputs.read_config(model)
     with naming(model):
-        plans = list(dict.fromkeys(inputs.choose_plans(plan, retention, config, kinds)))
+        recipes = {path: inputs.read_recipe(path, kinds) for path in dict.fromkeys(recipe or ())}
+        chosen = inputs.choose_plans(plan, retention, config, kinds) if plan or retention or not recipes else []
+        plans = list(dict.fromkeys([*chosen, *(found.plan for found in recipes.values())]))
         inputs.require_positions(config, block_size, "--block-size")
         if "generation" in suites:
             inputs.require_positions(config, settings.prompt_tokens + new_tokens, "--new-tokens and the prompt")
@@ -95,8 +105,13 @@ def evaluate_command(
     # every figure is compared with the full cache's, so that is measured whether or not it was asked for
     full = SharingPlan.full(len(kinds))
     arms = plan_arms([full, *plans])
-    with naming(model), progress_bar("evaluating", work.units(len(arms))) as advance:
-        measured = dict(zip([arm.plan for arm in arms], work.run(loaded, arms, advance), strict=True))
+    recipe_arms = _recipe_arms(recipes)
+    for arm in recipe_arms:
+        if {"perplexity", "agreement"} & set(suites) and arm.recipe and _is_idle(arm.recipe, block_size):
+            show(f"depthkv: {arm.label} does nothing to blocks of {block_size} tokens; raise --block-size")
+    with naming(model), progress_bar("evaluating", work.units(len(arms) + len(recipe_arms))) as advance:
+        found_rows = work.run(loaded, [*arms, *recipe_arms], advance)
+    measured = dict(zip([arm.plan for arm in arms], found_rows, strict=False))
     figures: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -111,14 +126,28 @@ def evaluate_command(
         "num_layers": len(kinds),
         "environment": environment(next(loaded.parameters()).device),
         "command": command_line(),
-        "rows": [measured[plan] for plan in plans],
+        "streamed_prompt": settings.streamed_prompt,
+        "rows": [*(measured[plan] for plan in plans), *found_rows[len(arms) :]],
     }
     if own is not None and own.provenance:
         figures["recipe"] = dict(own.provenance)
     if full not in plans:
         figures["full_cache"] = measured[full]
     write_json(json_file, figures)
-    _show(figures, arms)
+    _show(figures)
+
+
+def _recipe_arms(recipes: Mapping[Path, CacheRecipe]) -> list[Arm]:
+    """Labelled by the files' names, or their whole paths where names are equal."""
+    names = [path.name for path in recipes]
+    labels = [path.name if names.count(path.name) == 1 else str(path) for path in recipes]
+    return [Arm(label=label, recipe=found) for label, found in zip(labels, recipes.values(), strict=True)]
+
+
+def _is_idle(recipe: CacheRecipe, num_tokens: int) -> bool:
+    """Whether so many tokens are kept as they were computed."""
+    kept = recipe.kept_tokens(num_tokens)
+    return kept == num_tokens and (not recipe.is_quantised or not recipe.packed_tokens(kept))
 
 
 def _suites(asked: list[str] | None, questions: Path | None) -> tuple[str, ...]:
@@ -155,13 +184,16 @@ def _prepare(
         raise type(error)(f"--data {' '.join(texts)}: {error}{where}" if is_text else str(error)) from error
 
 
-def _show(figures: dict[str, Any], arms: list[Arm]) -> None:
+def _show(figures: dict[str, Any]) -> None:
     """One table: a column for each figure of the suites that ran."""
     rows = [*([figures["full_cache"]] if "full_cache" in figures else []), *figures["rows"]]
     columns: list[tuple[str, Any]] = [
         ("layers that keep a cache", lambda row: f"{len(row['leaders'])} of {figures['num_layers']}, {row['label']}"),
         ("cache per token", lambda row: format_bytes(row["kv_bytes_per_token"])),
     ]
+    if figures["streamed_prompt"] is not None:
+        heading = f"cache of {figures['block_size']} tokens"
+        columns[1] = (heading, lambda row: f"{format_bytes(row['cache_bytes'])} ({row['cache_fraction']:.1%})")
     first = rows[0]
     if "loss" in first:
         columns.append(("loss [95 %]", lambda row: _with_interval(row["loss_score"], ".3f")))
@@ -196,6 +228,12 @@ def _show(figures: dict[str, Any], arms: list[Arm]) -> None:
         headings = ["loss by kind of text", *figures["data"]]
         cells = [[row["label"], *(f"{text['loss']['value']:.3f}" for text in row["texts"])] for row in rows]
         out.print(table(headings, cells))
+    for row in rows:
+        if row["cache_recipe"] is not None:
+            out.print(f"{row['label']}: {row['cache_recipe']['words']}", markup=False, soft_wrap=True)
+    if "loss" in first and (prompt := figures["streamed_prompt"]) is not None:
+        read = f"{prompt} tokens of each block were read as a prompt; the loss is of the others, through the cache"
+        out.print(read, style="dim", soft_wrap=True)
     if any((row["loss_score"]["difference_high"] or 0.0) < 0 for row in rows if "loss" in row):
         out.print(BETTER_THAN_FULL, markup=False, soft_wrap=True)
 

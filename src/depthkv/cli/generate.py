@@ -1,8 +1,9 @@
-"""The command generate: text, and the cache that it took, under a plan, a router and a budget."""
+"""The command generate: text, and the cache that it took, under a plan, a recipe, a router and a budget."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, progress_bar, show, waiting, write_json
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import resolve_data, token_blocks
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.perplexity import spread
@@ -38,6 +40,7 @@ def generate_command(
         typer.Option("--prompt", metavar="TEXT", help="What the text goes on from. Repeat it for several at once."),
     ],
     plan: inputs.PlanFile = None,
+    recipe: inputs.RecipeFile = None,
     retention: inputs.Retention = None,
     adaptive: Annotated[
         bool,
@@ -65,8 +68,11 @@ def generate_command(
 ) -> None:
     """Text, and the size of the cache that it took.
 
-    Without --plan, --retention, --adaptive or --router, the checkpoint's own plan holds, if it has one.
+    Without --plan, --recipe, --retention, --adaptive or --router, the checkpoint's own plan holds, if it has one.
     """
+    inputs.refuse_beside_recipe(
+        recipe, plan=plan, retention=retention, router=router, adaptive=adaptive, kv_budget=kv_budget
+    )
     _refuse_several(plan, retention, adaptive, router)
     for text in prompt:
         if not text.strip():
@@ -75,9 +81,11 @@ def generate_command(
         budget = None if kv_budget is None else parse_bytes(kv_budget)
     config, kinds = inputs.read_config(model)
     with naming(model):
-        how: SharingPlan | Router = inputs.choose_plan(
+        how: SharingPlan | CacheRecipe | Router = inputs.choose_plan(
             plan, None if adaptive or router else retention, config, kinds, default=1.0
         )
+        if recipe is not None:
+            how = inputs.read_recipe(recipe, kinds)
     if router is not None:
         how = load_router(router, kinds)
     with waiting(f"loading {model}"):
@@ -96,12 +104,18 @@ def generate_command(
     torch.manual_seed(seed)
     settings = _generation_settings(loaded, tokenizer, temperature, max_new_tokens)
     steps: list[StepReport] = []
-    with naming(model), share(loaded, how, kv_budget=budget) as handle, waiting("writing"):
+    with ExitStack() as stack:
+        stack.enter_context(naming(model))
+        handle = stack.enter_context(share(loaded, how, kv_budget=budget))
         if isinstance(handle, AdaptiveModel):
             handle.on_step = steps.append
+        if isinstance(how, CacheRecipe):
+            stack.callback(_watch(loaded, how, steps).remove)
+        stack.enter_context(waiting("writing"))
         result: Any = loaded.generate(**encoded, generation_config=settings)
     written = [_written(row[longest:].tolist(), tokenizer, settings) for row in result.sequences]
-    maps = steps[0].maps if steps else [how.kv_source_layers] * len(prompt)  # type: ignore[union-attr]
+    plan_used = how.plan if isinstance(how, CacheRecipe) else how
+    maps = steps[0].maps if steps else [plan_used.kv_source_layers] * len(prompt)  # type: ignore[union-attr]
     sequences = [
         {
             "prompt": text,
@@ -122,11 +136,13 @@ def generate_command(
         "environment": environment(loaded.device),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "num_layers": len(kinds),
-        "router": None if isinstance(how, SharingPlan) else type(how).__name__,
+        "router": None if isinstance(how, (SharingPlan, CacheRecipe)) else type(how).__name__,
+        "cache_recipe": how.figures() if isinstance(how, CacheRecipe) else None,
         "kv_budget": budget,
         "ended_by_budget": isinstance(handle, AdaptiveModel) and handle.ended_for_room,
         "retention": sum(len(entry["leaders"]) for entry in sequences) / len(sequences) / len(kinds),
         "peak_cache_bytes": held,
+        "cache_bytes": measured_cache_bytes(result.past_key_values),
         # the last token was chosen and never read, so it is in no cache
         "full_cache_bytes": cache_bytes(config, loaded.dtype, result.sequences.shape[1] - 1, len(prompt)),
         **{key: sequences[0][key] for key in ("prompt", "text", "leaders", "prompt_tokens", "new_tokens")},
@@ -152,6 +168,21 @@ def _refuse_several(plan: Path | None, retention: float | None, adaptive: bool, 
     inputs.refuse_both(plan, retention)
     if adaptive and retention is None:
         raise DepthKVError("expected --retention with --adaptive, got none")
+
+
+def _watch(model: Any, recipe: CacheRecipe, steps: list[StepReport]) -> Any:
+    """Report what the cache holds after each forward; returns a handle whose `remove` ends it."""
+
+    def watch(module: Any, given: Any, output: Any) -> None:
+        cache = output.past_key_values
+        maps = (recipe.plan.kv_source_layers,) * len(output.logits)
+        steps.append(
+            StepReport(
+                num_tokens=int(cache.get_seq_length()), cache_bytes=measured_cache_bytes(cache), maps=maps, given_up=()
+            )
+        )
+
+    return model.register_forward_hook(watch)
 
 
 def _encode(tokenizer: Any, prompts: list[str]) -> Any:
@@ -189,10 +220,11 @@ def _show(figures: dict[str, Any], asked: float | None) -> None:
     held, full, layers = figures["peak_cache_bytes"], figures["full_cache_bytes"], figures["num_layers"]
     saved = "" if held == full else f", {full / held:.2f} times smaller than {format_bytes(full)} with every layer's"
     kept = _listed([len(entry["leaders"]) for entry in figures["sequences"]])
+    words = f"{kept} of {layers} layers keep one"
+    if figures["cache_recipe"] is not None:
+        words = figures["cache_recipe"]["words"]
     tokens = " and ".join(f"{entry['prompt_tokens']} + {entry['new_tokens']}" for entry in figures["sequences"])
-    out.print(
-        f"{tokens} tokens; largest cache {format_bytes(held)}{saved}; {kept} of {layers} layers keep one", style="dim"
-    )
+    out.print(f"{tokens} tokens; largest cache {format_bytes(held)}{saved}; {words}", style="dim", soft_wrap=True)
     if asked is not None and abs(figures["retention"] - asked) > 0.05:
         got = f"{figures['retention']:.0%} of the layers, {asked:.0%} was asked for"
         out.print(f"{got}: the threshold was found on other text; make a router on your own (depthkv router)")

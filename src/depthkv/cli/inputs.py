@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from depthkv.architectures import LayerKind, layer_kinds, max_positions
 from depthkv.checkpoint import load_config
 from depthkv.cli.output import show
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document, resolve_data, split_documents
 from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
@@ -135,6 +136,13 @@ Texts = Annotated[
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="A recipe.json: a plan, bits and tokens of its caches."),
+]
+RecipeFiles = Annotated[
+    list[Path] | None, typer.Option("--recipe", metavar="FILE", help="A recipe.json. Repeat it for several.")
+]
 Retention = Annotated[
     float | None, option("--retention", retention_value, "R", "Keep this share of the layers, evenly spaced.")
 ]
@@ -192,6 +200,15 @@ def read_plan(path: Path, kinds: tuple[LayerKind, ...]) -> SharingPlan:
     return plan
 
 
+def read_recipe(path: Path, kinds: tuple[LayerKind, ...]) -> CacheRecipe:
+    """A recipe file whose plan fits layers of these kinds."""
+    with naming(path):
+        recipe = CacheRecipe.load(path)
+        recipe.check(kinds)
+        check_plan(recipe.plan, kinds)
+    return recipe
+
+
 def own_plan(config: PreTrainedConfig) -> SharingPlan | None:
     """The plan that a checkpoint's config carries."""
     sources = getattr(config, "kv_source_layers", None)
@@ -202,6 +219,13 @@ def refuse_both(plan: object, retention: object) -> None:
     """`--plan` and `--retention` say the same thing in two ways."""
     if plan and retention is not None:
         raise DepthKVError("expected --plan or --retention, got both")
+
+
+def refuse_beside_recipe(recipe: object, **others: object) -> None:
+    """A recipe has a plan of its own; `others` are options by their names, with underscores."""
+    for name, value in others.items():
+        if recipe and value:
+            raise DepthKVError(f"expected --recipe or --{name.replace('_', '-')}, got both")
 
 
 def choose_plan(

@@ -10,8 +10,10 @@ import typer
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import console, table, write_json
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.inspect_model import Inspection, PlanCost, default_plans, inspect_model, layer_ranges
 from depthkv.memory import format_bytes, parse_bytes
+from depthkv.plan import SharingPlan
 
 
 def inspect_command(
@@ -27,6 +29,7 @@ def inspect_command(
         str | None, typer.Option("--memory", metavar="SIZE", help="Memory of one GPU, such as 24GiB.")
     ] = None,
     plan: inputs.PlanFile = None,
+    recipe: inputs.RecipeFiles = None,
     json_file: inputs.Json = None,
 ) -> None:
     """Layers, KV bytes per token, what can share with what, and what fits into a memory size. Reads no weights."""
@@ -34,9 +37,11 @@ def inspect_command(
         room = None if memory is None else parse_bytes(memory)
     config, kinds = inputs.read_config(model)
     with naming(model):
-        plans = default_plans(config)
+        usual = default_plans(config)
+        plans: list[tuple[str, SharingPlan | CacheRecipe]] = [*(usual if plan is None and not recipe else usual[:1])]
         if plan is not None:
-            plans = [plans[0], (plan.name, inputs.read_plan(plan, kinds))]
+            plans.append((plan.name, inputs.read_plan(plan, kinds)))
+        plans += [(path.name, inputs.read_recipe(path, kinds)) for path in recipe or ()]
         stored: Any = getattr(config, "dtype", None) or torch.bfloat16
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         inspection = inspect_model(
@@ -106,7 +111,8 @@ def _show_inspection(model: str, found: Inspection) -> None:
             out.print(f"The model itself is made for {found.max_positions:,} positions.")
     out.print()
     for cost in found.costs[1:]:
-        out.print(f"{cost.name}: {cost.plan.diagram()}", markup=False, soft_wrap=True)
+        words = "" if cost.recipe is None else f", {cost.recipe.describe()}"
+        out.print(f"{cost.name}: {cost.plan.diagram()}{words}", markup=False, soft_wrap=True)
 
 
 def _compared(cost: PlanCost, full: PlanCost, context: int) -> str:

@@ -1,4 +1,7 @@
-"""`depthkv plan`: which layers keep their cache, found from the model and text, for a stated budget."""
+"""`depthkv plan`: which layers keep their cache, found from the model and text, for a stated budget.
+
+With more axes than depth the answer is a recipe, see `depthkv.cli.recipe`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from depthkv.calibrate import Calibrator
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, json_path, naming, not_negative, option
-from depthkv.cli.output import command_line, console, progress_bar, show, table, waiting, write_json
+from depthkv.cli.output import command_line, progress_bar, show, waiting, write_json
+from depthkv.cli.plan_table import show_plan
+from depthkv.compress.space import AXES
 from depthkv.data import Document, named_blocks
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.perplexity import perplexity, spread
 from depthkv.machine import environment
-from depthkv.memory import device_room, format_bytes, parse_bytes
+from depthkv.memory import device_room, parse_bytes
 from depthkv.plan import SharingPlan
 from depthkv.planner import Budget, Planned, Problem, make_plan
 from depthkv.planner.figures import plan_figures, sizes_to_measure
@@ -32,7 +37,7 @@ from depthkv.sharing import share
 def plan_command(
     model: inputs.Model,
     data: inputs.Texts,
-    out: Annotated[Path, option("--out", json_path, "FILE", "The plan, such as plan.json.")],
+    out: Annotated[Path, option("--out", json_path, "FILE", "The plan, or with more --axes the recipe.")],
     retention: Annotated[
         float | None, option("--retention", inputs.retention_value, "R", "Keep this share of the layers of each kind.")
     ] = None,
@@ -51,6 +56,14 @@ def plan_command(
         int | None, option("--context", count, "N", "Tokens per sequence.  [default: --kv-budget is per token]")
     ] = None,
     batch: Annotated[int, option("--batch", count, "N", "Sequences.")] = 1,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option("--axes", metavar="AXIS...", help="What may be saved on: depth, bits, tokens.  [default: depth]"),
+    ] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option("--plan", metavar="FILE...", help="With --axes: of `plan`, instead of choosing layers anew."),
+    ] = None,
     keep: Annotated[
         list[int] | None, option("--keep", inputs.count_or_none, "LAYER...", "Layers that must keep their cache.")
     ] = None,
@@ -73,16 +86,40 @@ def plan_command(
         bool, typer.Option("--nearest", help="Followers read the nearest leader below them, not any earlier one.")
     ] = False,
     evaluations: Annotated[
-        int, option("--evaluations", inputs.count_or_none, "N", "Plans to measure beyond those of simple rules.")
-    ] = 60,
+        int | None,
+        option(
+            "--evaluations",
+            inputs.count_or_none,
+            "N",
+            "Plans to measure beyond those of simple rules, or recipes that are predicted to be good.  "
+            "[default: 60 plans, 24 recipes]",
+        ),
+    ] = None,
     calibration: Annotated[
         Path | None,
         option("--calibration", json_path, "FILE", "Keeps the measurements.  [default: OUT with .calibration.json]"),
     ] = None,
+    losses: Annotated[
+        Path | None,
+        option("--losses", json_path, "FILE", "Keeps losses of recipes.  [default: OUT with .losses.json]"),
+    ] = None,
+    validation: Annotated[
+        bool,
+        typer.Option(
+            "--validation",
+            help="With --axes: choose on half of the held-out documents and compare on the others, for models that "
+            "were trained on the training documents.",
+        ),
+    ] = False,
     blocks: Annotated[int, option("--blocks", count, "N", "Training blocks on which layers are compared.")] = 64,
     cost_blocks: Annotated[int, option("--cost-blocks", count, "N", "Of these, on which losses are measured.")] = 8,
     held_out_blocks: Annotated[int, option("--held-out-blocks", count, "N", "To compare rules of choice on.")] = 16,
-    block_size: inputs.BlockSize = 512,
+    block_size: Annotated[
+        int | None,
+        option(
+            "--block-size", count, "N", "Tokens in one block.  [default: 512; for recipes --context, at most 1,024]"
+        ),
+    ] = None,
     batch_size: inputs.BatchSize = 4,
     seed: inputs.Seed = 0,
     dtype: inputs.Dtype = "auto",
@@ -93,6 +130,7 @@ def plan_command(
 
     One of --retention, --kv-budget and --memory is the budget. After Ctrl-C or a kill the same command goes on where it
     stopped, and another budget needs no new calibration with the same --calibration. `depthkv report` draws the JSON.
+    With more --axes the bytes may also be saved on bits and on tokens, and OUT is a recipe.
     """
     sizes = {"--kv-budget": _size("--kv-budget", kv_budget), "--memory": _size("--memory", memory)}
     if (given := sum(value is not None for value in (retention, kv_budget, memory))) != 1:
@@ -105,18 +143,72 @@ def plan_command(
         raise DepthKVError(f"--cost-blocks: expected at most the {blocks} of --blocks, got {cost_blocks}")
     if out.exists() and not out.is_file():
         raise DepthKVError(f"--out: expected a file, got {out}")
+    chosen_axes = checked_axes(axes)
+    is_joint = chosen_axes != ("depth",)
+    if is_joint and retention is not None:
+        raise DepthKVError(f"expected --kv-budget or --memory with --axes {' '.join(chosen_axes)}, got --retention")
+    for name, is_set in (("--plan", plan), ("--losses", losses), ("--validation", validation)):
+        if is_set and not is_joint:
+            raise DepthKVError(f"expected more --axes than depth with {name}, got none")
     path = calibration or json_path(out.with_name(f"{out.stem}.calibration.json"))
-    require_different({"--out": out, "--calibration": path, "--json": json_file})
+    losses_path = losses or json_path(out.with_name(f"{out.stem}.losses.json"))
+    files = {"--out": out, "--calibration": path, "--losses": losses_path if is_joint else None, "--json": json_file}
+    require_different(files | {f"--plan {file}": file for file in plan or ()})
     config, kinds = inputs.read_config(model)
     with naming(model):
-        if len(set(kinds)) == len(kinds):
+        if len(set(kinds)) == len(kinds) and "depth" in chosen_axes:
             raise DepthKVError("expected layers that can share, got a model in which every layer is of another kind")
-        inputs.require_positions(config, block_size, "--block-size")
+        inputs.require_positions(config, block_size or 512, "--block-size")
     with naming("--pipeline-stages"):
         stages = (0,) if pipeline_stages is None else stage_starts(pipeline_stages, len(kinds))
     with naming("--keep"):
         if keep and max(keep) >= len(kinds):
             raise DepthKVError(f"expected layers from 0 to {len(kinds) - 1}, got {max(keep)}")
+
+    if is_joint:
+        from depthkv.cli.recipe import JointOptions, choose_and_show
+
+        given_depth = {"--keep": bool(keep), "--pipeline-stages": pipeline_stages is not None, "--nearest": nearest}
+        given_depth |= {"--prefill-weight": prefill_weight > 0, "--calibration": calibration is not None}
+        if (plan or "depth" not in chosen_axes) and (
+            name := next((n for n, is_set in given_depth.items() if is_set), "")
+        ):
+            without = "without --plan" if plan else "with depth among --axes"
+            raise DepthKVError(f"expected {name} {without}, got both" if plan else f"expected {name} {without}")
+        choose_and_show(
+            JointOptions(
+                model=model,
+                config=config,
+                kinds=kinds,
+                data=data,
+                out=out,
+                axes=chosen_axes,
+                kv_budget=sizes["--kv-budget"],
+                memory=sizes["--memory"],
+                context=context,
+                batch=batch,
+                plans=tuple(plan or ()),
+                keep=frozenset(keep or ()),
+                stages=stages,
+                prefill_weight=prefill_weight,
+                any_source=not nearest,
+                evaluations=evaluations,
+                calibration=path,
+                losses=losses_path,
+                validation=validation,
+                blocks=blocks,
+                cost_blocks=cost_blocks,
+                held_out_blocks=held_out_blocks,
+                block_size=block_size,
+                batch_size=batch_size,
+                seed=seed,
+                dtype=dtype,
+                device=device,
+                json_file=json_file,
+            )
+        )
+        return
+    block_size, evaluations = block_size or 512, 60 if evaluations is None else evaluations
 
     def problem_of(dtype: torch.dtype) -> Problem:
         name = "--retention" if retention is not None else "--kv-budget" if kv_budget is not None else "--memory"
@@ -150,7 +242,7 @@ def plan_command(
             calibrator.measure_outputs()
             calibrator.measure_costs()
             planned = make_plan(calibrator, problem, evaluations=evaluations, seed=seed, bar=bar)
-            losses = _compare(calibrator, planned, held_out, batch_size)
+            held_out_losses = _compare(calibrator, planned, held_out, batch_size)
             served = None
             if calibrator.has_adapter:  # off, as the model is used with its full cache
                 served = perplexity(loaded, held_out, batch_size=batch_size).block_losses
@@ -164,11 +256,11 @@ def plan_command(
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "seed": seed,
             "budget": {"words": problem.words, "context": context, "batch": batch, "retention": retention},
-            **plan_figures(planned, calibrator, config, losses, held_out_documents, seed, served),
+            **plan_figures(planned, calibrator, config, held_out_losses, held_out_documents, seed, served),
         }
     _with_provenance(planned, figures).save(out)
     write_json(json_file, figures)
-    _show(figures, planned.plan, out)
+    show_plan(figures, planned.plan, out)
 
 
 @contextmanager
@@ -178,6 +270,14 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         show(what)
     with progress_bar(what, total) as advance:
         yield advance
+
+
+def checked_axes(axes: list[str] | None) -> tuple[str, ...]:
+    """What --axes names, in a fixed order."""
+    for axis in axes or ():
+        if axis not in AXES:
+            raise DepthKVError(f"--axes: expected some of {', '.join(AXES)}, got {axis!r}")
+    return tuple(axis for axis in AXES if axis in (axes or ("depth",)))
 
 
 def _size(name: str, text: str | None) -> int | None:
@@ -270,64 +370,7 @@ def _with_provenance(planned: Planned, figures: dict[str, Any]) -> SharingPlan:
     # what a sequence falls back to under pressure, see `depthkv.adaptive.Ladder`
     leaders = len(planned.plan.leaders)
     provenance["nested"] = [list(p.kv_source_layers) for p in planned.nested if len(p.leaders) < leaders]
+    # what recipes are made of beside these, see `depthkv.cli.recipe`
+    larger = [p for p in planned.nested if len(p.leaders) > leaders and not p.is_full]
+    provenance["larger"] = [list(p.kv_source_layers) for p in larger]
     return SharingPlan(planned.plan.kv_source_layers, provenance | {key: figures[key] for key in kept})
-
-
-def _show(figures: dict[str, Any], plan: SharingPlan, out: Path) -> None:
-    printed = console()
-    full, rows = figures["full_loss"], figures["comparison"]
-    title = f"{figures['model']}: {len(plan.leaders)} of {plan.num_layers} layers keep a cache"
-    printed.print(f"{title}, for a budget of {figures['budget']['words']}", style="bold", markup=False, soft_wrap=True)
-    printed.print(
-        f"{plan.diagram()} (the first of each group keeps its cache, the others read it)", markup=False, soft_wrap=True
-    )
-    printed.print(
-        f"{format_bytes(figures['kv_bytes_per_token'])} per token instead of "
-        f"{format_bytes(figures['full_kv_bytes_per_token'])}\n",
-        soft_wrap=True,
-    )
-    cells = []
-    for row in rows:
-        held, against = row["loss_score"], row["against_even"]
-        interval = (
-            ""
-            if against["low"] is None or against["low"] != against["low"]
-            else (f" [{against['low']:+.3f}, {against['high']:+.3f}]")
-        )
-        cells.append(
-            [
-                row["label"],
-                str(len(row["leaders"])),
-                f"{full + row['sum_of_costs']:.3f}",
-                f"{row['predicted_loss']:.3f}",
-                f"{row['measured_loss']:.3f}",
-                f"{held['value']:.3f}",
-                f"{against['difference']:+.3f}{interval}",
-            ]
-        )
-    headings = ["how the layers were chosen", "kept", "sum of costs", "predicted", "measured", "held out"]
-    printed.print(table([*headings, "against evenly spaced [95 %]"], cells, "Loss, nats per token"))
-    used = figures["calibration"]
-    printed.print(
-        f"Sum of costs, predicted and measured: {used['cost_tokens']:,} tokens of training text. Held out: documents "
-        "that nothing was chosen on.",
-        soft_wrap=True,
-    )
-    served, adapter = figures["held_out_adapter_off"], ""
-    if served is not None:
-        adapter = (
-            f", with the adapter on as under the plans; {served['value']:.3f} held out with it off, as it is served"
-        )
-    held = figures["held_out_full"]["value"]
-    printed.print(f"Full cache: {full:.3f} measured, {held:.3f} held out{adapter}", soft_wrap=True)
-    if (sure := figures["certainty"]) is None:
-        printed.print("How sure the choice is cannot be said from one document: raise --cost-blocks", soft_wrap=True)
-    else:
-        better = sure["better_than_even"]
-        words = "" if better is None else f"better than evenly spaced in {better:.0%}, "
-        printed.print(f"On documents drawn anew: {words}the same plan in {sure['same_plan']:.0%}", soft_wrap=True)
-    given = plan.num_layers - len(plan.leaders)
-    order = ", ".join(map(str, figures["order"]))
-    printed.print(
-        f"{out}: caches are given up in the order {order}; after {given} of them it is this plan", soft_wrap=True
-    )

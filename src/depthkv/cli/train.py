@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,20 +14,20 @@ from depthkv.adapt import AdaptConfig, discard_state
 from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
-from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, StagesResult, estimate, train_in_stages
+from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
 from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import console, curve_table, progress_bar, show, waiting, write_json
+from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
+from depthkv.cli.training import cache_losses, draw, qa_table, show_estimate, training_figures
+from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
-from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
-from depthkv.evaluate.qa import QAScores, evaluate_qa
-from depthkv.memory import format_bytes
+from depthkv.evaluate import retention_curve, spread_blocks
+from depthkv.evaluate.qa import evaluate_qa
 from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question, collate, encode, read_squad, split_articles
-from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.routing import Sampler
 from depthkv.samplers import SAMPLERS, FullCache, parse_sampler
 
@@ -52,6 +52,10 @@ def adapt_command(
     data: inputs.Texts,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the adapted checkpoint.")],
     plan: inputs.PlanFile = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="A recipe.json: its plan, training with noise of its bits."),
+    ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
         float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
@@ -159,9 +163,11 @@ def adapt_command(
 ) -> None:
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
-    DIR gets the checkpoint with a plan (--plan, or --retention, 0.5 by default) and pictures. After Ctrl-C or a kill
-    the same command goes on where it stopped. Under torchrun or accelerate launch, processes share the batches.
+    DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After
+    Ctrl-C or a kill the same command goes on where it stopped. Under torchrun or accelerate launch, processes share
+    the batches.
     """
+    inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
@@ -213,6 +219,11 @@ def adapt_command(
             chosen, plans = SharingPlan.full(num_layers or 1), [SharingPlan.full(num_layers or 1)]
         else:
             chosen = inputs.choose_plan(plan, retention, config, kinds, default=0.5)
+            if recipe_file is not None:
+                cache_recipe = inputs.read_recipe(recipe_file, kinds)
+                with naming(recipe_file):
+                    recipe_noise(cache_recipe, kinds)
+                chosen, recipe = cache_recipe.plan, replace(recipe, cache_recipe=cache_recipe)
             plans = inputs.choose_plans(None, None, config, kinds)
         plans += [chosen] if chosen not in plans else []
         inputs.require_positions(config, block_size, "--block-size")
@@ -223,7 +234,7 @@ def adapt_command(
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, recipe, blocks)
     if dry_run:
-        _show_estimate(loaded, work, recipe, stages, json_file)
+        show_estimate(loaded, work.examples, recipe, stages, json_file)
         return
 
     def curve(what: str, measured: Any) -> list[Any]:
@@ -240,9 +251,16 @@ def adapt_command(
         with cast, progress_bar(what, len(plans) * len(work.blocks)) as advance:
             return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
+    def through_cache(measured: Any) -> dict[str, float]:
+        if recipe.cache_recipe is None or work.blocks is None:
+            return {}
+        with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
+            return cache_losses(measured, recipe.cache_recipe, work.blocks, batch_size, advance)
+
     state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
         before = curve("before", loaded) if inputs.is_main_process() else []
+        streamed = [through_cache(loaded)] if inputs.is_main_process() else []
         try:
             result = train_in_stages(
                 loaded,
@@ -262,16 +280,26 @@ def adapt_command(
         if not inputs.is_main_process():
             return
         after = curve("after", result.model)
+        streamed.append(through_cache(result.model))
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
+    if recipe.cache_recipe is not None:
+        provenance["noise"] = recipe.cache_recipe.describe()
     if is_adapter:
         local = str(Path(model).resolve()) if Path(model).exists() else model
         base = "base" if stages.finetune else local
         save_adapter(out, result.model, base=base, tokenizer=tokenizer, plan=chosen, provenance=provenance)
     else:
         save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
-    _draw(out, result, recipe, chosen, kinds, before, after)
-    figures = _figures(result, recipe, before, after)
+    if recipe.cache_recipe is not None:
+        recipe.cache_recipe.save(out / "recipe.json")
+    draw(out, result, recipe, chosen, kinds, before, after)
+    figures = training_figures(result, recipe, before, after)
+    if streamed[0]:
+        names = streamed[0]
+        figures["through_cache"] = [
+            {"label": name, "loss_before": streamed[0][name], "loss": streamed[1][name]} for name in names
+        ]
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
     for stage in ("finetune", "routed"):  # only now is everything safe that they could give back
         discard_state(state / stage)
@@ -281,9 +309,16 @@ def adapt_command(
         state.rmdir()
     shown = console()
     if after and work.questions:
-        shown.print(_qa_table(before, after))
+        shown.print(qa_table(before, after))
     elif after:
         shown.print(curve_table(after, len(kinds), before))
+    if streamed[0]:
+        shown.print(
+            table(
+                ["second halves of blocks, through the cache", "loss before", "loss"],
+                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
+            )
+        )
     shown.print(
         f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
         f"checkpoint, plan.json and pictures are in {out}",
@@ -351,72 +386,3 @@ def _read_task(task: str, data: list[str], tokenizer: Any, recipe: AdaptConfig, 
     stride = max(1, len(held) // blocks) if blocks else len(held)
     chosen = held[::stride][:blocks] if blocks else []
     return _Task(examples=examples, blocks=None, questions=chosen, collate=lambda rows: collate(rows, pad))
-
-
-def _show_estimate(loaded: Any, work: _Task, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
-    examples = work.examples
-    if not isinstance(examples, torch.Tensor):  # questions: as if all were as long as the longest
-        longest = max(examples, key=lambda example: len(example["input_ids"]))
-        examples = longest["input_ids"][None]
-    found = estimate(loaded, examples, recipe, stages)
-    shown = console()
-    rows = {
-        "weights": found.weight_bytes,
-        "gradients": found.gradient_bytes,
-        "optimizer": found.optimizer_bytes,
-        "activations": found.activation_bytes,
-    }
-    first = f"{found.num_finetuned:,} parameters train first, then " if found.num_finetuned else ""
-    shown.print(f"{first}{found.num_trained:,} parameters train in the routed stage")
-    for name, size in rows.items():
-        shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
-    shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
-    shown.print(f"one step     {found.seconds_per_step:.2f} s, {recipe.tokens_per_step:,} tokens")
-    if found.num_steps is not None:
-        minutes = found.num_steps * found.seconds_per_step / 60
-        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
-    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
-
-
-def _draw(
-    out: Path,
-    result: StagesResult,
-    recipe: AdaptConfig,
-    chosen: SharingPlan,
-    kinds: Any,
-    before: list[Any],
-    after: list[Any],
-) -> None:
-    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
-    plot_loss(tokens_at, result.routed.losses, out / "loss.png")
-    plot_plan(chosen, out / "plan.png", kinds)
-    if after and isinstance(after[0], CurveRow):
-        plot_retention({"before": before, "after": after}, out / "retention.png")
-
-
-def _figures(result: StagesResult, recipe: AdaptConfig, before: list[Any], after: list[Any]) -> dict[str, Any]:
-    return {
-        "steps": result.routed.steps,
-        "tokens": result.tokens,
-        "seconds": result.seconds,
-        "tokens_per_second": result.routed.tokens_per_second,
-        "num_trained": result.routed.num_trained,
-        "learning_rate": recipe.learning_rate,
-        "rows_before": [row.to_dict() for row in before],
-        "rows": [row.to_dict() for row in after],
-        "curves": list(result.routed.curves),
-        "finetune_losses": list(result.finetuned.losses) if result.finetuned is not None else [],
-        "losses": list(result.routed.losses),
-    }
-
-
-def _qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
-    for heading in ("retention", "F1", "exact match", "ROUGE-L"):
-        table.add_column(heading, justify="right")
-    for old, new in zip(before, after, strict=True):
-        pairs = ((old.f1, new.f1), (old.exact_match, new.exact_match), (old.rouge_l, new.rouge_l))
-        table.add_row(f"{new.retention:.0%}", *(f"{a:.1f} -> {b:.1f}" for a, b in pairs))
-    return table

@@ -13,16 +13,16 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from depthkv.cache import FollowerLayer, fit_cache
-from depthkv.compress.packing import PackedTensor, keep_groups
-from depthkv.compress.recipe import CacheRecipe
+from depthkv.compress.packing import PackedTensor, PlainTensor
+from depthkv.compress.recipe import ALONG, CacheRecipe
 from depthkv.compress.rules import Stored, Window
 from depthkv.errors import CacheMismatchError, RecipeError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, each `[batch, kv_heads, tokens, head_dim]`."""
 
-_ALONG = ("tokens", "channels")
-"""Groups of keys and of values."""
+
+Store = PackedTensor | PlainTensor
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -45,7 +45,7 @@ class CompressedLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.sinks: Pair | None = None
-        self.packed: tuple[PackedTensor | torch.Tensor, PackedTensor | torch.Tensor] | None = None
+        self.packed: tuple[Store, Store] | None = None
         self.recent: Pair | None = None
         self.valid: torch.Tensor | None = None
         """False where padding is kept, `[batch, kv_heads, tokens]`; None: there is none."""
@@ -69,7 +69,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def _num_packed(self) -> int:
-        return 0 if self.packed is None else _tokens_of(self.packed[0])
+        return 0 if self.packed is None else self.packed[0].num_tokens
 
     @staticmethod
     def _tokens(pair: Pair | None) -> int:
@@ -100,11 +100,7 @@ class CompressedLayer(CacheLayerMixin):
             whole = recent.new_empty(shape)
             whole[:, :, :first] = self.sinks[side]
             if self.packed is not None:
-                part, out = self.packed[side], whole[:, :, first : first + self._num_packed]
-                if isinstance(part, PackedTensor):
-                    part.unpack(out)
-                else:
-                    out.copy_(part)
+                self.packed[side].unpack(whole[:, :, first : first + self._num_packed])
             whole[:, :, first + self._num_packed :] = recent
             pair.append(whole)
         return pair[0], pair[1]
@@ -217,7 +213,8 @@ class CompressedLayer(CacheLayerMixin):
         recipe = self.recipe
         if self.packed is not None and self._num_packed >= number and isinstance(recipe.eviction, Window):
             if self.valid is None:  # the oldest are the first that are packed: no need to unpack any
-                self.packed = (_without_first(self.packed[0], number), _without_first(self.packed[1], number))
+                for store in self.packed:
+                    store.drop_first(number)
                 return
         keys, values = self._unpacked()
         count = keys.shape[2]
@@ -247,15 +244,17 @@ class CompressedLayer(CacheLayerMixin):
         size, first = self.recipe.group_size, self._tokens(self.sinks)
         if self.valid is not None:
             scores = scores.masked_fill(~self.valid, -torch.inf)
-        means = scores[..., first : first + self._num_packed].unflatten(2, (-1, size)).mean(dim=-1)
-        groups = means.shape[-1]
+        groups = self._num_packed // size
+        inner = scores[..., first : first + self._num_packed]
+        means = inner.reshape(*inner.shape[:2], groups, size).mean(dim=-1)
         order = means.flip(-1).argsort(dim=-1, descending=True, stable=True)
         kept = (groups - 1 - order[..., : groups - number // size]).sort(dim=-1).values
         last = torch.arange(first + self._num_packed, scores.shape[-1], device=kept.device)
         inside = (first + kept[..., None] * size + torch.arange(size, device=kept.device)).flatten(2)
         shape = (*kept.shape[:2], -1)
         tokens = torch.cat([last.new_tensor(range(first)).expand(*shape), inside, last.expand(*shape)], dim=-1)
-        self.packed = (_with_groups(self.packed[0], kept, size), _with_groups(self.packed[1], kept, size))
+        for store in self.packed:
+            store.keep_groups(kept, size)
         self._keep_beside(tokens)
 
     def _keep_beside(self, kept: torch.Tensor) -> None:
@@ -280,26 +279,24 @@ class CompressedLayer(CacheLayerMixin):
             self.recent = (self.recent[0][:, :, to_sinks:], self.recent[1][:, :, to_sinks:])
         number = recipe.packed_tokens(self.num_kept) - self._num_packed
         if number > 0:
-            parts = []
-            for side in (0, 1):
-                part = self.recent[side][:, :, :number]
-                bits = recipe.bits[self.leader][side]
-                made: PackedTensor | torch.Tensor = (
-                    part.clone()
-                    if bits == 16
-                    else PackedTensor.pack(
-                        part,
-                        bits=bits,
-                        group_size=recipe.group_size,
-                        along=_ALONG[side],  # type: ignore[arg-type]
-                    )
-                )
-                parts.append(made if self.packed is None else _append(self.packed[side], made))
-            self.packed = (parts[0], parts[1])
+            made = (self._store(0, number), self._store(1, number))
+            if self.packed is None:
+                self.packed = made
+            else:
+                for store, more in zip(self.packed, made, strict=True):
+                    store.append(more)  # type: ignore[arg-type]
             self.recent = (self.recent[0][:, :, number:], self.recent[1][:, :, number:])
         # views would keep the whole step alive
         self.recent = (_owned(self.recent[0]), _owned(self.recent[1]))
         self.sinks = (_owned(self.sinks[0]), _owned(self.sinks[1]))
+
+    def _store(self, side: int, number: int) -> Store:
+        """The first recent tokens of keys (0) or values (1), in the bits of the recipe."""
+        assert self.recent is not None
+        part, bits = self.recent[side][:, :, :number], self.recipe.bits[self.leader][side]
+        if bits == 16:
+            return PlainTensor(part)
+        return PackedTensor.pack(part, bits=bits, group_size=self.recipe.group_size, along=ALONG[side])
 
     # What transformers asks and does
 
@@ -374,8 +371,8 @@ class CompressedLayer(CacheLayerMixin):
             return
         self.sinks = (change(self.sinks[0]), change(self.sinks[1]))
         self.recent = (change(self.recent[0]), change(self.recent[1]))
-        if self.packed is not None:
-            self.packed = (_changed(self.packed[0], change), _changed(self.packed[1], change))
+        for store in self.packed or ():
+            store.change(change)
         self.valid = None if self.valid is None else change(self.valid)
         self.attention = None if self.attention is None else change(self.attention)
 
@@ -406,37 +403,6 @@ def fit_recipe_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) 
             )
         cache.layers[leader] = CompressedLayer(recipe, leader)
     cache._depthkv_recipe = recipe
-
-
-def _tokens_of(part: PackedTensor | torch.Tensor) -> int:
-    return part.num_tokens if isinstance(part, PackedTensor) else int(part.shape[2])
-
-
-def _without_first(part: PackedTensor | torch.Tensor, number: int) -> PackedTensor | torch.Tensor:
-    if isinstance(part, PackedTensor):
-        part.drop_first(number)
-        return part
-    return part[:, :, number:].clone()
-
-
-def _with_groups(part: PackedTensor | torch.Tensor, groups: torch.Tensor, size: int) -> PackedTensor | torch.Tensor:
-    if isinstance(part, PackedTensor):
-        part.keep_groups(groups, size)
-        return part
-    return keep_groups(part, groups, part.shape[2] // size)
-
-
-def _append(part: PackedTensor | torch.Tensor, more: PackedTensor | torch.Tensor) -> PackedTensor | torch.Tensor:
-    if isinstance(part, PackedTensor):
-        assert isinstance(more, PackedTensor)
-        part.append(more)
-        return part
-    assert isinstance(more, torch.Tensor)
-    return torch.cat([part, more], dim=2)
-
-
-def _changed(part: PackedTensor | torch.Tensor, change: Any) -> PackedTensor | torch.Tensor:
-    return part.changed(change) if isinstance(part, PackedTensor) else change(part)
 
 
 def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from depthkv.architectures import LayerKind, layer_kinds
-from depthkv.compress.packing import packed_bytes
+from depthkv.compress.packing import packed_bytes_per_token
+from depthkv.compress.quantization import Along
 from depthkv.compress.rules import OBSERVED_STEPS, RULES, Rule
 from depthkv.errors import PlanError, RecipeError
 from depthkv.files import write_text
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 FORMAT = "depthkv-recipe"
 VERSION = 1
 
-BITS = (16, 8, 4, 2)
-"""16 stands for the dtype that the model computes in, whatever its width."""
+Bits = Literal[16, 8, 4, 2, "fp8"]
+BITS: tuple[Bits, ...] = (16, 8, "fp8", 4, 2)
+"""16 stands for the dtype that the model computes in, whatever its width; "fp8" is float8_e4m3fn."""
+ALONG: tuple[Along, Along] = ("tokens", "channels")
+"""Along what groups of keys, and of values, run (`depthkv.compress.quantization`)."""
 
 _KEYS = {
     "format",
@@ -61,9 +65,9 @@ class CacheRecipe:
 
     plan: SharingPlan
     """Which layers keep a cache."""
-    key_bits: int | tuple[int, ...] = 16
+    key_bits: Bits | tuple[Bits, ...] = 16
     """Of each number of the keys: one of `BITS` for all leaders, or one for each leader, in their order."""
-    value_bits: int | tuple[int, ...] = 16
+    value_bits: Bits | tuple[Bits, ...] = 16
     """The same for the values."""
     group_size: int = 32
     """Tokens that share a scale in each channel of the keys, channels that share one in each token of the values."""
@@ -107,11 +111,11 @@ class CacheRecipe:
         return any(bits != 16 for pair in self.bits.values() for bits in pair)
 
     @property
-    def bits(self) -> dict[int, tuple[int, int]]:
+    def bits(self) -> dict[int, tuple[Bits, Bits]]:
         """Bits of keys and values by leader."""
         leaders = self.plan.leaders
-        keys = (self.key_bits,) * len(leaders) if isinstance(self.key_bits, int) else self.key_bits
-        values = (self.value_bits,) * len(leaders) if isinstance(self.value_bits, int) else self.value_bits
+        keys = self.key_bits if isinstance(self.key_bits, tuple) else (self.key_bits,) * len(leaders)
+        values = self.value_bits if isinstance(self.value_bits, tuple) else (self.value_bits,) * len(leaders)
         return dict(zip(leaders, zip(keys, values, strict=True), strict=True))
 
     @property
@@ -139,7 +143,7 @@ class CacheRecipe:
         """How many of them are packed: whole groups between `sinks` and `recent`."""
         return max(0, kept - self.sinks - self.recent) // self.group_size * self.group_size
 
-    def layer_bytes(self, kind: LayerKind, bits: tuple[int, int], dtype: torch.dtype, num_tokens: int) -> int:
+    def layer_bytes(self, kind: LayerKind, bits: tuple[Bits, Bits], dtype: torch.dtype, num_tokens: int) -> int:
         """Bytes of one leader's cache of one sequence without padding after `num_tokens`, exact."""
         if kind.window is not None:
             return layer_cache_bytes(kind, dtype, num_tokens)
@@ -147,12 +151,13 @@ class CacheRecipe:
         packed = self.packed_tokens(kept)
         plain = kv_bytes_per_layer(kind, dtype) // 2
         total = 2 * (kept - packed) * plain
-        for width, along in zip(bits, ("tokens", "channels"), strict=True):
-            total += (
-                packed * plain
+        for width, along in zip(bits, ALONG, strict=True):
+            per_token = (
+                plain
                 if width == 16
-                else packed_bytes(packed, width, self.group_size, kind.kv_heads, kind.head_dim, dtype, along)
+                else packed_bytes_per_token(width, self.group_size, kind.head_dim, kind.kv_heads, dtype, along)
             )
+            total += int(packed * per_token)
         if self.observes(kept):
             total += 4 * kind.kv_heads * kept  # fp32 sums of attention
         return total
@@ -181,12 +186,27 @@ class CacheRecipe:
         plan = self.plan
         parts = [f"{len(plan.leaders)} of {plan.num_layers} layers keep a cache"]
         for name, value in (("keys", self.key_bits), ("values", self.value_bits)):
-            widths = sorted({value} if isinstance(value, int) else set(value))
-            if widths != [16]:
-                parts.append(f"{name} in {' to '.join(str(w) for w in (widths[0], widths[-1])[: len(widths)])} bits")
+            used = set(value) if isinstance(value, tuple) else {value}
+            widths = [str(width) for width in reversed(BITS) if width in used]
+            if widths != ["16"]:
+                parts.append(f"{name} in {' or '.join(widths)}{'' if widths == ['fp8'] else ' bits'}")
         if self.tokens is not None:
             parts.append(f"at most {self.tokens:,} tokens by {self.rule_name}")
         return "; ".join(parts)
+
+    def figures(self) -> dict[str, Any]:
+        """For JSON files of figures: `describe()` in `words`, and the values that make up the recipe."""
+        return {
+            "words": self.describe(),
+            "kv_source_layers": list(self.plan.kv_source_layers),
+            "key_bits": list(self.key_bits) if isinstance(self.key_bits, tuple) else self.key_bits,
+            "value_bits": list(self.value_bits) if isinstance(self.value_bits, tuple) else self.value_bits,
+            "group_size": self.group_size,
+            "sinks": self.sinks,
+            "recent": self.recent,
+            "tokens": self.tokens,
+            "rule": self.rule_name,
+        }
 
     # Files
 
@@ -194,19 +214,8 @@ class CacheRecipe:
         """The JSON object that `save` writes."""
         if not isinstance(self.rule, str):
             raise RecipeError(f"expected a rule among {', '.join(RULES)} to write a recipe, got {self.rule_name}")
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "kv_source_layers": list(self.plan.kv_source_layers),
-            "key_bits": self.key_bits if isinstance(self.key_bits, int) else list(self.key_bits),
-            "value_bits": self.value_bits if isinstance(self.value_bits, int) else list(self.value_bits),
-            "group_size": self.group_size,
-            "sinks": self.sinks,
-            "recent": self.recent,
-            "tokens": self.tokens,
-            "rule": self.rule,
-            "provenance": dict(self.provenance),
-        }
+        values = {key: value for key, value in self.figures().items() if key != "words"}
+        return {"format": FORMAT, "version": VERSION, **values, "provenance": dict(self.provenance)}
 
     @classmethod
     def from_dict(cls, data: object) -> CacheRecipe:
@@ -248,7 +257,7 @@ class CacheRecipe:
             raise type(error)(f"{path}: {error}") from None
 
 
-def _bits(value: object, name: str, num_leaders: int) -> int | tuple[int, ...]:
+def _bits(value: object, name: str, num_leaders: int) -> Bits | tuple[Bits, ...]:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         if len(value) != num_leaders:
             raise RecipeError(f"expected {name} for each of the {num_leaders} leaders, got {len(value)}")
@@ -257,8 +266,8 @@ def _bits(value: object, name: str, num_leaders: int) -> int | tuple[int, ...]:
     return _width(value, name)
 
 
-def _width(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value not in BITS:
+def _width(value: object, name: str) -> Bits:
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or value not in BITS:
         raise RecipeError(f"expected {name} to be one of {', '.join(map(str, BITS))}, got {value!r}")
     return value
 

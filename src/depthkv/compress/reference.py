@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from depthkv.architectures import layer_kinds
-from depthkv.compress.recipe import CacheRecipe
+from depthkv.compress.recipe import Bits, CacheRecipe
 from depthkv.compress.rules import Stored
 
 _NAME = "depthkv_recipe_reference"
@@ -163,11 +163,16 @@ class ReferenceRecipeCache(Cache):
         self.packed[leader] = max(done, wanted)
 
 
-def quantised(x: torch.Tensor, bits: int, group_size: int, along: int) -> torch.Tensor:
+def quantised(x: torch.Tensor, bits: Bits, group_size: int, along: int) -> torch.Tensor:
     """`[tokens, head_dim]` rounded to `bits`, in groups along tokens (0) or channels (1)."""
     if bits == 16:
         return x
     x = x.clone()
+    if bits == "fp8":
+        for token in range(len(x)):
+            scale = x[token].abs().max() / torch.finfo(torch.float8_e4m3fn).max
+            x[token] = (x[token] / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+        return x
     if along == 1:
         width = x.shape[1]
         size = next(size for size in range(min(group_size, width), 0, -1) if width % size == 0)
@@ -183,8 +188,7 @@ def quantised(x: torch.Tensor, bits: int, group_size: int, along: int) -> torch.
 def _rounded(group: torch.Tensor, bits: int) -> torch.Tensor:
     low, high = group.min(), group.max()
     step = (high - low) / (2**bits - 1)
-    # numbers that were rounded before are often ties: they fall the same way everywhere
-    return group if step == 0 else low + ((group - low) / step + 0.501).floor() * step
+    return group if step == 0 else low + ((group - low) / step).round() * step
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from depthkv.compress.recipe import CacheRecipe
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
@@ -27,6 +28,8 @@ class Arm:
     """Names it in tables and pictures; of several arms in one run each has another."""
     plan: SharingPlan | None = None
     """Shared meanwhile; None leaves every layer its own cache."""
+    recipe: CacheRecipe | None = None
+    """The same with a recipe, in the place of `plan`."""
     patch: Callable[[nn.Module], AbstractContextManager[object]] | None = None
     """Holds meanwhile, inside the sharing: what another method changes in the model."""
     make_cache: MakeCache | None = None
@@ -44,8 +47,9 @@ class Arm:
         model.eval()
         try:
             with ExitStack() as stack:
-                if self.plan is not None:
-                    stack.enter_context(share(model, self.plan))
+                how = self.recipe or self.plan
+                if how is not None:
+                    stack.enter_context(share(model, how))
                 if self.patch is not None:
                     stack.enter_context(self.patch(model))
                 yield

@@ -21,7 +21,7 @@ from depthkv.evaluate.perplexity import spread
 from depthkv.evaluate.qa import answer, answer_scores
 from depthkv.evaluate.retrieval import RetrievalItem, retrieval_items, retrieve, summarize
 from depthkv.evaluate.text import Reading, read_text
-from depthkv.memory import kv_bytes_per_token
+from depthkv.memory import cache_bytes, kv_bytes_per_token
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question
 
@@ -49,6 +49,9 @@ class EvaluateConfig:
     """Tokens of a block of text."""
     blocks: int = 16
     """Of each kind of text, spread over its documents."""
+    streamed_prompt: int | None = None
+    """Tokens of each block that are read as a prompt; the others are read through the cache, and only they are
+    predicted: see `depthkv.evaluate.text.read_text`. Needed for recipes. None reads blocks in a single forward."""
     batch_size: int = 4
     """Blocks or prompts in one forward."""
     prompts: int = 8
@@ -79,6 +82,9 @@ class EvaluateConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise DepthKVError(f"expected {name} of at least {smallest}, got {getattr(self, name)}")
+        prompt = self.streamed_prompt
+        if prompt is not None and not 0 < prompt < self.block_size:
+            raise DepthKVError(f"expected streamed_prompt from 1 to {self.block_size - 1}, got {prompt}")
         if not self.suites:
             raise DepthKVError(f"expected at least one suite among {', '.join(SUITES)}, got none")
 
@@ -175,7 +181,14 @@ class Evaluation:
         labels = [arm.label for arm in arms]
         if not labels or len(set(labels)) < len(labels):
             raise DepthKVError(f"expected at least one arm, each with a label of its own, got {labels}")
-        rows = [_head(model, arm) for arm in arms]
+        if self._reads_text and self.config.streamed_prompt is None and any(arm.recipe for arm in arms):
+            raise DepthKVError("expected streamed_prompt with a recipe, got none: a single forward reads no cache")
+        rows = [_head(model, arm, self.config.block_size) for arm in arms]
+        if any(arm.recipe for arm in arms):
+            # what takes as many bytes for every token can be compared with what does not at one length only
+            for row in rows:
+                if row["cache_bytes"] is not None and rows[0]["cache_bytes"]:
+                    row["cache_fraction"] = row["cache_bytes"] / rows[0]["cache_bytes"]
         sections: dict[str, list[dict[str, Any]]] = {}
         if self._reads_text:
             self._read(model, arms, rows, progress)
@@ -196,7 +209,15 @@ class Evaluation:
         config = self.config
         wanted = "agreement" in config.suites
         by_text = [
-            read_text(model, arms, text.blocks, batch_size=config.batch_size, agreement=wanted, progress=progress)
+            read_text(
+                model,
+                arms,
+                text.blocks,
+                batch_size=config.batch_size,
+                agreement=wanted,
+                prompt_tokens=config.streamed_prompt,
+                progress=progress,
+            )
             for text in self._texts
         ]
         # the kinds of text are one population for the joint figures: a document's name alone could occur in two
@@ -232,10 +253,9 @@ class Evaluation:
         for start, end in _buckets(found.losses.shape[1]):
             own = _block_means([found.losses[:, start:end]])
             base = None if first is None else _block_means([first.losses[:, start:end]])
-            # column i holds the loss of token i + 1 of the block
-            positions.append(
-                {"first": start + 1, "last": end, "loss": self._score(own, text.documents, base).to_dict()}
-            )
+            # column i holds the loss of token i + found.first of the block
+            place = {"first": start + found.first, "last": end - 1 + found.first}
+            positions.append(place | {"loss": self._score(own, text.documents, base).to_dict()})
         base = None if first is None else _block_means([first.losses])
         return {
             "data": text.name,
@@ -327,19 +347,23 @@ class Evaluation:
         return text
 
 
-def _head(model: nn.Module, arm: Arm) -> dict[str, Any]:
+def _head(model: nn.Module, arm: Arm, num_tokens: int) -> dict[str, Any]:
     """What a row says of its arm."""
     config: Any = model.config
     dtype: Any = model.dtype
-    plan = arm.plan or SharingPlan.full(config.get_text_config().num_hidden_layers)
+    recipe = arm.recipe
+    plan = recipe.plan if recipe else arm.plan or SharingPlan.full(config.get_text_config().num_hidden_layers)
     # with a cache of its own the plan alone does not say how many bytes a token takes
     known = arm.make_cache is None and arm.patch is None
+    held = recipe.cache_bytes(config, dtype, num_tokens) if recipe else cache_bytes(config, dtype, num_tokens, 1, plan)
     return {
         "label": arm.label,
         "retention": plan.retention,
         "leaders": list(plan.leaders),
         "kv_source_layers": list(plan.kv_source_layers),
-        "kv_bytes_per_token": kv_bytes_per_token(config, dtype, plan) if known else None,
+        "kv_bytes_per_token": kv_bytes_per_token(config, dtype, plan) if known and not recipe else None,
+        "cache_bytes": held if known else None,
+        "cache_recipe": recipe.figures() if recipe else None,
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers import DynamicCache
 
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.arms import Arm, MakeCache
@@ -33,14 +34,16 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
-    """What one arm made of all blocks; each tensor is `[blocks, tokens - 1]`, on the CPU."""
+    """What one arm made of all blocks; each tensor is `[blocks, tokens - first]`, on the CPU."""
 
     losses: torch.Tensor
-    """Nats, fp32: of each token but the first of its block."""
+    """Nats, fp32: of each token of its block from `first` on."""
     top1: torch.Tensor | None
     """Whether the likeliest next token is the first arm's, too; None if not asked for."""
     kl: torch.Tensor | None
     """Kullback-Leibler divergence of the first arm's next-token distribution from this one's, nats, fp32."""
+    first: int = 1
+    """The first token of a block that is predicted."""
 
 
 def read_text(
@@ -50,6 +53,7 @@ def read_text(
     *,
     batch_size: int = 4,
     agreement: bool = False,
+    prompt_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> list[Reading]:
     """Feed the blocks to the model under each arm; the arms take turns batch by batch.
@@ -62,13 +66,21 @@ def read_text(
         blocks: token ids, `[blocks, tokens]`, from `depthkv.data.token_blocks`.
         batch_size: blocks in one forward.
         agreement: compare the next-token distributions, at twice the work of the language-model head.
+        prompt_tokens: so many tokens of each block are read at once, as a prompt is, and the others in pieces of
+            `PIECE` through the cache that this left, under every arm; only the others are predicted. A single forward
+            never reads from a cache, so it cannot tell what quantised or evicted tokens cost. None is a single forward,
+            or pieces from the first token on for arms with a cache of their own.
         progress: called after each batch of each arm.
 
     Raises:
         DataError: no blocks, blocks of fewer than two tokens, or ids outside the vocabulary.
+        DepthKVError: a prompt that leaves nothing to predict.
         PlanError: an arm's plan does not fit the model.
     """
     check_blocks(model, blocks, batch_size)
+    if prompt_tokens is not None and not 0 < prompt_tokens < blocks.shape[1]:
+        raise DepthKVError(f"expected prompts of 1 to {blocks.shape[1] - 1} tokens, got {prompt_tokens}")
+    first = prompt_tokens or 1
     device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
     rows = rows_at_once(model, blocks.shape[1], batch_size)
     losses: list[list[torch.Tensor]] = [[] for _ in arms]
@@ -77,10 +89,10 @@ def read_text(
     with torch.no_grad():
         for start in range(0, len(blocks), rows):
             batch = blocks[start : start + rows].to(device)
-            targets = batch[:, 1:].flatten()
+            targets = batch[:, first:].flatten()
             reference: torch.Tensor | None = None
             for i, arm in enumerate(arms):
-                with arm.applied(model), reading(model, arm.make_cache) as (features, to_logits):
+                with arm.applied(model), reading(model, arm.make_cache, prompt_tokens) as (features, to_logits):
                     rows_here = features(batch)
                 if agreement and reference is None:
                     reference = rows_here
@@ -94,6 +106,7 @@ def read_text(
             losses=torch.cat(losses[i]),
             top1=torch.cat(top1[i]) if agreement else None,
             kl=torch.cat(kl[i]) if agreement else None,
+            first=first,
         )
         for i in range(len(arms))
     ]
@@ -105,7 +118,9 @@ def token_losses(features: torch.Tensor, targets: torch.Tensor, to_logits: Featu
 
 
 @contextmanager
-def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[tuple[Features, Features]]:
+def reading(
+    model: nn.Module, make_cache: MakeCache | None = None, prompt_tokens: int | None = None
+) -> Iterator[tuple[Features, Features]]:
     """Two functions: from tokens `[batch, tokens]` to features of all positions but the last, `[batch x (tokens - 1),
     ...]`, and from features to logits `[rows, vocabulary]`, which also works afterwards.
 
@@ -114,19 +129,21 @@ def reading(model: nn.Module, make_cache: MakeCache | None = None) -> Iterator[t
     Args:
         model: in evaluation mode, under whatever holds meanwhile.
         make_cache: a cache to feed the tokens through in pieces of `PIECE`; None is one forward without a cache.
+        prompt_tokens: as for `read_text`; features are then those from the prompt's last position on.
     """
     head = plain_head(model)
 
     def fed(forward: Callable[[dict[str, Any]], torch.Tensor]) -> Features:
         def features(tokens: torch.Tensor) -> torch.Tensor:
-            if make_cache is None:
+            if make_cache is None and prompt_tokens is None:
                 return forward({"input_ids": tokens, "use_cache": False})[:, :-1].flatten(0, 1)
             config: Any = model.config
-            cache = make_cache(config)
-            parts = [
-                forward({"input_ids": piece, "past_key_values": cache, "use_cache": True})
-                for piece in torch.split(tokens[:, :-1], PIECE, dim=1)
-            ]
+            cache = DynamicCache(config=config) if make_cache is None else make_cache(config)  # type: ignore[no-untyped-call, unused-ignore]
+            prompt, rest = tokens[:, : prompt_tokens or 0], tokens[:, prompt_tokens or 0 : -1]
+            pieces = [piece for piece in (prompt, *torch.split(rest, PIECE, dim=1)) if piece.shape[1]]
+            parts = [forward({"input_ids": piece, "past_key_values": cache, "use_cache": True}) for piece in pieces]
+            if prompt_tokens is not None:
+                parts[0] = parts[0][:, -1:]
             return torch.cat(parts, dim=1).flatten(0, 1)
 
         return features

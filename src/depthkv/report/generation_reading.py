@@ -106,6 +106,7 @@ def generation_figures(top: CheckedObject, file: str) -> GenerationFigures:
         model=top.text("model"),
         settings={
             "layers chosen by": router or "one plan",
+            **({"recipe": top.object("cache_recipe").text("words")} if "cache_recipe" in top else {}),
             "KV budget": "none" if budget is None else format_bytes(budget),
             "sequences": f"{len(plans):,}",
             "dtype": top.text("dtype"),

@@ -37,6 +37,8 @@ from depthkv.report.parts import (
 from depthkv.report.plan_reading import PlanFigures
 from depthkv.report.plan_sections import Plans, plan_sections, plan_words
 from depthkv.report.reading import AnyFigures, ArmFigures, BenchFigures, EvaluationFigures
+from depthkv.report.recipe_reading import RecipeFigures
+from depthkv.report.recipe_sections import Recipes, recipe_sections, recipe_words
 from depthkv.report.runs import Runs
 from depthkv.report.speed import Benches, bench_words, speed_sections
 from depthkv.report.suites import suite_sections
@@ -74,18 +76,19 @@ def build_page(files: Sequence[AnyFigures], labels: Sequence[str] | None = None)
     runs: dict[str, EvaluationFigures] = {}
     benches: dict[str, BenchFigures] = {}
     plans: dict[str, PlanFigures] = {}
+    recipes: dict[str, RecipeFigures] = {}
     generations: dict[str, GenerationFigures] = {}
     for i, figures in enumerate(files):
-        own = _of_its_kind(figures, runs, benches, plans, generations)
+        own = _of_its_kind(figures, runs, benches, plans, recipes, generations)
         label = _own_label(figures, own) if labels is None else labels[i]
         if label in own:
             raise DepthKVError(f"expected labels that are different, got {label!r} twice")
         own[label] = figures
-    sections = [*plan_sections(plans), *loss_sections(runs), *suite_sections(runs)]
+    sections = [*plan_sections(plans), *recipe_sections(recipes), *loss_sections(runs), *suite_sections(runs)]
     sections += [*generation_sections(generations), *speed_sections(benches)]
-    sections += _about(runs, benches, plans, generations, _own_command(files, labels))
+    sections += _about(runs, benches, plans, recipes, generations, _own_command(files, labels))
     models = dict.fromkeys(figures.model for figures in files)
-    sentence = verdict(runs, benches, plans, generations)
+    sentence = verdict(runs, benches, plans, recipes, generations)
     html = _template().render(
         title=f"depthkv report: {', '.join(models)}",
         models=list(models),
@@ -114,9 +117,9 @@ def _template() -> jinja2.Template:
     ).get_template("page.html.jinja")
 
 
-def verdict(runs: Runs, benches: Benches, plans: Plans, generations: Generations) -> str:
+def verdict(runs: Runs, benches: Benches, plans: Plans, recipes: Recipes, generations: Generations) -> str:
     """One sentence from the figures."""
-    parts = [*_quality_words(runs), *plan_words(plans), *generation_words(generations)]
+    parts = [*_quality_words(runs), *plan_words(plans), *recipe_words(recipes), *generation_words(generations)]
     parts = [f"{part[0].upper()}{part[1:]}" if i == 0 else part for i, part in enumerate(parts)]
     speed = list(bench_words(benches))
     if speed:
@@ -184,9 +187,17 @@ def _around(found: Score, digits: int) -> str:
     return interval(found.difference_low, found.difference_high, digits, sign=True)
 
 
-def _of_its_kind(figures: AnyFigures, runs: Runs, benches: Benches, plans: Plans, generations: Generations) -> Any:
+def _of_its_kind(
+    figures: AnyFigures, runs: Runs, benches: Benches, plans: Plans, recipes: Recipes, generations: Generations
+) -> Any:
     """The files that a file stands beside."""
-    kinds = {EvaluationFigures: runs, BenchFigures: benches, PlanFigures: plans, GenerationFigures: generations}
+    kinds = {
+        EvaluationFigures: runs,
+        BenchFigures: benches,
+        PlanFigures: plans,
+        RecipeFigures: recipes,
+        GenerationFigures: generations,
+    }
     return kinds[type(figures)]
 
 
@@ -244,31 +255,36 @@ def _warnings(runs: Runs, plans: Plans) -> list[str]:
     return warnings
 
 
-def _about(runs: Runs, benches: Benches, plans: Plans, generations: Generations, own_command: str) -> list[Section]:
+def _about(
+    runs: Runs, benches: Benches, plans: Plans, recipes: Recipes, generations: Generations, own_command: str
+) -> list[Section]:
     """Recipe, environment and commands."""
     sections = []
-    recipes = {label: run.recipe for label, run in runs.items() if run.recipe}
-    if recipes:
+    made = {label: run.recipe for label, run in runs.items() if run.recipe}
+    if made:
         intro = "How the models were made, as their checkpoints say."
-        table = _entries("Recipe", recipes)
+        table = _entries("Recipe", made)
         sections.append(Section(anchor="recipe", title="Recipe", intro=intro, parts=(table,)))
     columns: dict[str, Mapping[str, str]] = {}
     for label, found in plans.items():
-        own = f"{label} (plan)" if runs or benches or generations else label
+        own = f"{label} (plan)" if runs or benches or recipes or generations else label
         columns[own] = {"model": found.model, **found.settings, **found.environment}
+    for label, chosen in recipes.items():
+        own = f"{label} (recipe)" if runs or benches or plans or generations else label
+        columns[own] = {"model": chosen.model, **chosen.settings, **chosen.environment}
     for label, run in runs.items():
         columns[label] = {"model": run.model, **run.settings, **run.environment}
     for label, text in generations.items():
-        own = f"{label} (text)" if runs or benches or plans else label
+        own = f"{label} (text)" if runs or benches or plans or recipes else label
         columns[own] = {"model": text.model, **text.settings, **text.environment}
     for label, bench in benches.items():
-        own = f"{label} (speed)" if runs or plans or generations else label
+        own = f"{label} (speed)" if runs or plans or recipes or generations else label
         columns[own] = {"model": bench.model, **bench.environment}
     table = _entries("Settings and environment", columns)
     sections.append(
         Section(anchor="environment", title="Environment", intro="What it was measured with.", parts=(table,))
     )
-    written = [found.command for kind in (plans, runs, generations, benches) for found in kind.values()]
+    written = [found.command for kind in (plans, recipes, runs, generations, benches) for found in kind.values()]
     commands = [command for command in dict.fromkeys(written) if command]
     intro = "The first commands write the JSON files that the last one reads." if commands else ""
     code = Code(caption="Commands", text="\n".join([*commands, own_command]))

@@ -17,6 +17,8 @@ from depthkv.report.checked import CheckedObject, kind
 from depthkv.report.generation_reading import FORMAT as GENERATION_FORMAT
 from depthkv.report.generation_reading import GenerationFigures, generation_figures
 from depthkv.report.plan_reading import PlanFigures, plan_figures
+from depthkv.report.recipe_reading import FORMAT as RECIPE_FORMAT
+from depthkv.report.recipe_reading import RecipeFigures, recipe_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
 HEALTH = ("repetition", "length", "ended", "same_prefix")
@@ -107,6 +109,8 @@ class BenchCell:
 
     retention: float | None
     leaders: int | None
+    recipe: str
+    """What a recipe says of itself; empty without one."""
     prompt_tokens: int
     new_tokens: int
     batch_size: int
@@ -131,7 +135,7 @@ class BenchFigures:
     command: str
 
 
-AnyFigures = EvaluationFigures | BenchFigures | PlanFigures | GenerationFigures
+AnyFigures = EvaluationFigures | BenchFigures | PlanFigures | GenerationFigures | RecipeFigures
 """What `read_figures` gives."""
 
 
@@ -159,6 +163,8 @@ def read_figures(path: str | os.PathLike[str]) -> AnyFigures:
             return _evaluation(top, name)
         if data.get("format") == PLAN_FORMAT:
             return plan_figures(top, name)
+        if data.get("format") == RECIPE_FORMAT:
+            return recipe_figures(top, name)
         if data.get("format") == GENERATION_FORMAT:
             return generation_figures(top, name)
         if "format" not in data and "arms" in data:
@@ -195,6 +201,12 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
             "text": ", ".join(data),
             "held out from training": "yes" if top.flag("held_out") else "no",
             "blocks of each text": f"{top.whole('blocks', 1):,} blocks of {top.whole('block_size', 1):,} tokens",
+            **(
+                {"tokens of each block read as a prompt": f"{top.whole('streamed_prompt'):,}, others through the cache"}
+                if "streamed_prompt" in top
+                else {}
+            ),
+            **{row.text("label"): row.object("cache_recipe").text("words") for row in rows if "cache_recipe" in row},
             "dtype": top.text("dtype"),
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
@@ -305,6 +317,7 @@ def _cell(cell: CheckedObject) -> BenchCell:
     return BenchCell(
         retention=cell.maybe_number("retention"),
         leaders=len(cell.sequence("leaders")) if "leaders" in cell else None,
+        recipe=cell.object("cache_recipe").text("words") if "cache_recipe" in cell else "",
         prompt_tokens=cell.whole("prompt_tokens", 1),
         new_tokens=cell.whole("new_tokens", 1),
         batch_size=cell.whole("batch_size", 1),

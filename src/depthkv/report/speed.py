@@ -123,6 +123,8 @@ def _place(benches: Benches, label: str, bench: BenchFigures, cell: BenchCell) -
 def _arm(cell: BenchCell, arm: str) -> str:
     if arm == "full":
         return "full cache"
+    if arm == "shared" and cell.recipe:
+        return f"shared: {cell.recipe}"
     return f"shared, {per_cent(cell.retention)} of layers" if arm == "shared" and cell.retention is not None else arm
 
 

@@ -1,0 +1,107 @@
+"""What adapt shows, draws and writes beside the checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from depthkv.adapt import AdaptConfig
+from depthkv.adapt.stages import Stages, StagesResult, estimate
+from depthkv.cli.output import console, write_json
+from depthkv.compress.measure import streamed_losses
+from depthkv.compress.recipe import CacheRecipe
+from depthkv.evaluate import CurveRow
+from depthkv.evaluate.qa import QAScores
+from depthkv.memory import format_bytes
+from depthkv.plan import SharingPlan
+from depthkv.report import plot_loss, plot_plan, plot_retention
+
+
+def cache_losses(
+    model: Any, recipe: CacheRecipe, blocks: torch.Tensor, batch_size: int, advance: Any
+) -> dict[str, float]:
+    """Losses of the second half of each block after the first: full cache, the recipe's plan, the recipe."""
+    full = SharingPlan.full(recipe.plan.num_layers)
+    arms: dict[str, SharingPlan | CacheRecipe] = {
+        "full cache": full,
+        "the recipe's plan": recipe.plan,
+        "the recipe": recipe,
+    }
+    losses = {}
+    training = model.training
+    model.eval()
+    for name, how in arms.items():
+        found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, batch_size=batch_size, advance=advance)
+        losses[name] = sum(found) / len(found)
+    model.train(training)
+    return losses
+
+
+def show_estimate(loaded: Any, examples: Any, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
+    if not isinstance(examples, torch.Tensor):  # questions: as if all were as long as the longest
+        longest = max(examples, key=lambda example: len(example["input_ids"]))
+        examples = longest["input_ids"][None]
+    found = estimate(loaded, examples, recipe, stages)
+    shown = console()
+    rows = {
+        "weights": found.weight_bytes,
+        "gradients": found.gradient_bytes,
+        "optimizer": found.optimizer_bytes,
+        "activations": found.activation_bytes,
+    }
+    first = f"{found.num_finetuned:,} parameters train first, then " if found.num_finetuned else ""
+    shown.print(f"{first}{found.num_trained:,} parameters train in the routed stage")
+    for name, size in rows.items():
+        shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
+    shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
+    shown.print(f"one step     {found.seconds_per_step:.2f} s, {recipe.tokens_per_step:,} tokens")
+    if found.num_steps is not None:
+        minutes = found.num_steps * found.seconds_per_step / 60
+        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
+    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
+
+
+def draw(
+    out: Path,
+    result: StagesResult,
+    recipe: AdaptConfig,
+    chosen: SharingPlan,
+    kinds: Any,
+    before: list[Any],
+    after: list[Any],
+) -> None:
+    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
+    plot_loss(tokens_at, result.routed.losses, out / "loss.png")
+    plot_plan(chosen, out / "plan.png", kinds)
+    if after and isinstance(after[0], CurveRow):
+        plot_retention({"before": before, "after": after}, out / "retention.png")
+
+
+def training_figures(result: StagesResult, recipe: AdaptConfig, before: list[Any], after: list[Any]) -> dict[str, Any]:
+    return {
+        "steps": result.routed.steps,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "tokens_per_second": result.routed.tokens_per_second,
+        "num_trained": result.routed.num_trained,
+        "learning_rate": recipe.learning_rate,
+        "rows_before": [row.to_dict() for row in before],
+        "rows": [row.to_dict() for row in after],
+        "curves": list(result.routed.curves),
+        "finetune_losses": list(result.finetuned.losses) if result.finetuned is not None else [],
+        "losses": list(result.routed.losses),
+    }
+
+
+def qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
+    for heading in ("retention", "F1", "exact match", "ROUGE-L"):
+        table.add_column(heading, justify="right")
+    for old, new in zip(before, after, strict=True):
+        pairs = ((old.f1, new.f1), (old.exact_match, new.exact_match), (old.rouge_l, new.rouge_l))
+        table.add_row(f"{new.retention:.0%}", *(f"{a:.1f} -> {b:.1f}" for a, b in pairs))
+    return table
