@@ -27,6 +27,12 @@ def rate(value: float) -> str:
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
+def spread(row: dict[str, Any], field: str) -> str:
+    """The median and, of several rounds, the least and the most."""
+    low, high = row[f"{field}_range"]
+    return rate(row[field]) + (f" ({rate(low)} to {rate(high)})" if row["repeats"] > 1 else "")
+
+
 def eager(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Every cell of the eager grid."""
     cells = last(rows, "eager", "context", "batch_size", "plan")
@@ -38,36 +44,46 @@ def eager(rows: Rows) -> tuple[list[str], list[list[str]]]:
                 continue
             line = [f"{context:,} x {batch}", plan]
             if row.get("out_of_memory"):
-                lines.append([*line, *[""] * 6, "out of memory"])
+                lines.append([*line, "", "out of memory", *[""] * 7])
                 continue
             ratios = [f"{row[name]:.3f}x" if name in row else "" for name in ("ttft_ratio", "decode_ratio")]
             line += [gib(row["cache_bytes"]), gib(row.get("peak_bytes"))]
-            line += [f"{row['ttft_s'] * 1000:,.0f} ms", ratios[0], rate(row["decode_tokens_per_s"]), ratios[1]]
+            line += [f"{row['ttft_s'] * 1000:,.0f} ms", ratios[0], spread(row, "decode_tokens_per_s"), ratios[1]]
+            full = cells.get((context, batch, "g=1"), {})
+            line.append(f"{row['itl_s'] * 1000:.1f} ms")
+            line.append(f"{full['itl_s'] / row['itl_s']:.2f}x" if "itl_s" in full and plan != "g=1" else "")
             line.append(f"{row['prefill_share']:.0%} / {row['decode_share']:.0%}")
             lines.append(line)
     headings = ["prompt x batch", "plan", "cache", "peak memory", "TTFT", "to g=1", "decoded tok/s", "to g=1"]
-    return [*headings, "of the limit, prompt / decoding"], lines
+    return [*headings, "median step", "speed to g=1", "of the limit, prompt / decoding"], lines
+
+
+STACKS = ("CUDA graph, inductor", "CUDA graph")
+"""Compiled, and the code as it is."""
 
 
 def static(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """Every cell with a static cache: compiled, and as a graph of the code as it is."""
     cells = last(rows, "static", "context", "batch_size", "plan", "stack")
+    cells = {key: row for key, row in cells.items() if "failed" not in row}
     lines = []
-    for context, batch in sorted({key[:2] for key in cells if key[0] is not None}):
-        full = cells.get((context, batch, "g=1", "CUDA graph, inductor"))
+    for context, batch in sorted({key[:2] for key in cells}):
         for plan in ORDER:
-            row = cells.get((context, batch, plan, "CUDA graph, inductor"))
-            plain = cells.get((context, batch, plan, "CUDA graph"))
-            if row is None or "failed" in row:
+            found = [cells.get((context, batch, plan, stack)) for stack in STACKS]
+            first = found[0] or found[1]
+            if first is None:
                 continue
-            line = [f"{context:,} x {batch}", plan, gib(row["cache_bytes"]), rate(row["tokens_per_s"])]
-            line.append(f"{row['tokens_per_s'] / full['tokens_per_s']:.3f}x" if full and plan != "g=1" else "")
-            line += [rate(row["batch_size"] / row["limit_s"]), f"{row['decode_share']:.0%}"]
-            line.append(rate(plain["tokens_per_s"]) if plain and "failed" not in plain else "")
-            line.append(f"{row['relative_error']:.1%}")
+            line = [f"{context:,} x {batch}", plan, gib(first["cache_bytes"]), rate(batch / first["limit_s"])]
+            for stack, row in zip(STACKS, found, strict=True):
+                full = cells.get((context, batch, "g=1", stack))
+                line.append("" if row is None else rate(row["tokens_per_s"]))
+                known = row is not None and full is not None and plan != "g=1"
+                line.append(f"{row['tokens_per_s'] / full['tokens_per_s']:.3f}x" if known else "")  # type: ignore[index]
+                line.append("" if row is None else f"{row['decode_share']:.0%}")
+            line.append(" / ".join(f"{row['relative_error']:.1%}" for row in found if row is not None))
             lines.append(line)
-    headings = ["context x batch", "plan", "cache", "tok/s, compiled", "to g=1", "limit, tok/s", "of the limit"]
-    return [*headings, "tok/s, not compiled", "logits to eager ones"], lines
+    headings = ["context x batch", "plan", "cache", "limit, tok/s", "tok/s, compiled", "to g=1", "of the limit"]
+    return [*headings, "tok/s, not compiled", "to g=1", "of the limit", "logits to eager ones"], lines
 
 
 def largest(rows: Rows) -> tuple[list[str], list[list[str]]]:
@@ -120,10 +136,16 @@ def summary(rows: Rows) -> tuple[list[str], list[list[str]]]:
         known = fast is not None and "failed" not in fast
         line.append(f"{rate(fast['tokens_per_s'])} ({fast['decode_share']:.0%})" if fast is not None and known else "")
         most = largest_cells.get((8192, plan, "eager"))
-        line.append(str(most["batch_size"]) if most else "")
+        line += [str(most["batch_size"]), rate(most["tokens_per_s"])] if most else ["", ""]
         lines.append(line)
     headings = ["plan", "cache", "TTFT", "tok/s, eager", "tok/s, compiled (of the limit)", "largest batch in 80 GB"]
-    return headings, lines
+    return [*headings, "its tok/s, eager"], lines
 
 
-TABLES = {"gpu-eager": eager, "gpu-static": static, "gpu-largest": largest, "gpu-train": train, "gpu-summary": summary}
+TABLES = {
+    "gpu-eager": eager,
+    "gpu-static": static,
+    "gpu-largest": largest,
+    "gpu-train": train,
+}
+README_TABLES = {"gpu-summary": summary}

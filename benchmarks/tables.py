@@ -1,6 +1,7 @@
 """Tables of docs/results.md, made from the raw figures in docs/raw.
 
     python benchmarks/tables.py docs/results.md      # rewrites what lies between its `table:` markers
+    python benchmarks/tables.py README.md
 
 A marker is `<!-- table:NAME -->`, the end `<!-- /table -->`, and NAME a function of `TABLES` below.
 """
@@ -414,13 +415,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def gpu(name: str) -> str:
+def gpu(made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]]) -> str:
     """One of gpu_tables.py."""
-    return table(*gpu_tables.TABLES[name](read("gpu.jsonl")))
+    return table(*made(read("gpu.jsonl")))
 
 
-if (RAW / "gpu.jsonl").exists():
-    TABLES |= {name: functools.partial(gpu, name) for name in ("gpu-eager", "gpu-static", "gpu-largest", "gpu-train")}
+TABLES |= {name: functools.partial(gpu, made) for name, made in gpu_tables.TABLES.items()}
+README_TABLES = {name: functools.partial(gpu, made) for name, made in gpu_tables.README_TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():
     runs = {run["run"] for run in read("heads.jsonl")}
@@ -431,7 +432,7 @@ def fill(document: str) -> str:
     """The document with every marked table made anew."""
 
     def made(match: re.Match[str]) -> str:
-        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->"
+        return f"<!-- table:{match[1]} -->\n{(TABLES | README_TABLES)[match[1]]()}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- /table -->", made, document, flags=re.DOTALL)
 

@@ -1,11 +1,13 @@
 """Draw the pictures of the documentation: `python docs/pictures.py` writes them into docs/pictures/.
 
 SVG by hand, since each is a few rectangles and lines. Colours follow the reader's light or dark scheme. Sources, sizes
-and random draws come from depthkv itself, so that the pictures cannot say something else than the code.
+and random draws come from depthkv itself, measured figures from docs/raw, so that the pictures cannot say something
+else.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
@@ -124,6 +126,29 @@ def prefill() -> str:
     return _svg(parts, 276, "In prefill, layers above the last leader run for the last token only")
 
 
+def largest() -> str:
+    """Sequences that fit into 80 GB beside the weights of Qwen3-8B, as measured."""
+    names = {"g=1": "every layer", "g=2": "every second layer", "front half": "front half"}
+    names |= {"g=4": "every fourth layer", "front quarter": "front quarter", "g=8": "every eighth layer"}
+    raw = (Path(__file__).parent / "raw" / "gpu.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, raw) if row["run"] == "largest" and row["stack"] == "eager"]
+    found = {row["plan"]: row for row in rows if row["context"] == 8192}
+    scale = 290 / max(row["batch_size"] for row in found.values())
+    parts = [
+        _text(8, 24, "sequences of 8,192 tokens beside the weights of Qwen3-8B in 80 GB of an NVIDIA H200", "soft")
+    ]
+    for i, (plan, name) in enumerate(names.items()):
+        top, size = 44 + 42 * i, found[plan]["batch_size"]
+        parts += [_text(8, top + 20, f"{name} keeps a cache" if plan[:2] == "g=" else f"the {name} leads")]
+        parts += [
+            _rect(270, top, size * scale, 28, "keep"),
+            _text(270 + size * scale + 10, top + 20, str(size), "title"),
+        ]
+        parts.append(_text(752, top + 20, f"{found[plan]['tokens_per_s']:,.0f} tok/s eager", "soft end"))
+    label = ", ".join(f"{name} {found[plan]['batch_size']}" for plan, name in names.items())
+    return _svg(parts, 302, f"Largest batch of 8K tokens in 80 GB: {label}")
+
+
 _LEAST = 0.003
 """Nats that the picture of losses begins with."""
 
@@ -197,6 +222,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "memory.svg": memory,
     "training.svg": training,
     "prefill.svg": prefill,
+    "largest.svg": largest,
 }
 
 

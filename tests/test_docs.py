@@ -421,3 +421,5 @@ def test_tables_are_those_of_the_raw_figures(monkeypatch: pytest.MonkeyPatch) ->
 
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert page.count("<!-- table:") == len(tables.TABLES) and tables.fill(page) == page
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("<!-- table:gpu") == len(tables.README_TABLES) and tables.fill(readme) == readme
