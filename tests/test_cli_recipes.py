@@ -252,7 +252,7 @@ BAD_INPUT: dict[str, Case] = {
             "--recipe",
             written(d / "b.json", _dict() | {"key_bits": 3}),
         ],
-        "b.json: expected key_bits to be one of 16, 8, 4, 2, got 3",
+        "b.json: expected key_bits to be one of 16, 8, fp8, 4, 2, got 3",
     ),
     "training with a recipe that quantises nothing": (
         lambda m, t, r, d: ["adapt", m, "--data", t, "--recipe", r / "window.json", "--out", d / "out"],
@@ -268,7 +268,7 @@ BAD_INPUT: dict[str, Case] = {
     ),
     "bits of a recipe by hand": (
         lambda m, t, r, d: ["recipe", m, "--bits", "3", "--out", d / "r.json"],
-        "Invalid value for '--bits': expected 16, 8, 4, 2 or a list such as 8,4,4, got '3'",
+        "Invalid value for '--bits': expected 16, 8, fp8, 4, 2 or a list such as 8,4,4, got '3'",
     ),
     "bits for too few layers": (
         lambda m, t, r, d: ["recipe", m, "--key-bits", "8,4", "--out", d / "r.json"],

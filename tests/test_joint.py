@@ -151,13 +151,13 @@ def test_what_a_step_unpacks_counts_for_a_memory_budget() -> None:
     space = space_of(working=True)
     pair = 2 * 8 * 2  # of one token and layer: keys and values of one head of 8 in bf16
     alone_read = space.recipe(SharingPlan.full(LAYERS), 4, 4)
-    assert space.working_bytes(alone_read) == CONTEXT * pair
+    assert alone_read.working_bytes(space.kinds, space.dtype, CONTEXT) == CONTEXT * pair
     # leaders 0 and 1 are both read by later layers
     both = space.recipe(SharingPlan([0, 1, 0, 1, 0, 1, 0, 1]), 4, 4)
-    assert space.working_bytes(both) == 2 * CONTEXT * pair
-    assert space.working_bytes(space.recipe(LADDER[0])) == 0
+    assert both.working_bytes(space.kinds, space.dtype, CONTEXT) == 2 * CONTEXT * pair
+    assert space.recipe(LADDER[0]).working_bytes(space.kinds, space.dtype, CONTEXT) == 0
     many = space_of(working=True, batch=8)
-    assert many.working_bytes(many.recipe(None, 4, 4, 128)) == 8 * 128 * pair
+    assert many.recipe(None, 4, 4, 128).working_bytes(many.kinds, many.dtype, CONTEXT, 8) == 8 * 128 * pair
 
 
 def test_shorter_texts_stand_for_the_context() -> None:

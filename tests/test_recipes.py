@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ def test_recent_tokens_can_be_taken_back(axes: str) -> None:
     assert cache.get_seq_length() == 35
     assert torch.allclose(go_on(pieces[1]), wanted[-1], atol=1e-6)
     if "tokens" in AXES[axes]:
-        with pytest.raises(CacheMismatchError, match="at most the 6 recent tokens"):
-            cache.crop(-7)
+        with pytest.raises(CacheMismatchError, match="crop at most 9 tokens"):
+            cache.crop(-10)
     else:
         cache.crop(-20)  # what was packed is unpacked
         assert cache.get_seq_length() == 16 and torch.isfinite(go_on(pieces[1])).all()
@@ -271,6 +272,35 @@ def test_unpacked_pairs_are_freed_after_the_last_reader() -> None:
     assert set(alive) == {0}  # when the next leader is unpacked, the one before is gone
 
 
+def test_gradients_reach_the_tokens_of_a_step() -> None:
+    model = tiny_model("llama").double()
+    first, last = pieces_of(20, 12)
+    found = []
+    for how in (plans(model)[1], CacheRecipe(plan=plans(model)[1], tokens=200, **SMALL)):
+        cache = DynamicCache(config=model.config)
+        with share(model, how):
+            with torch.no_grad():
+                model(input_ids=first, past_key_values=cache)
+            model.zero_grad()
+            model(input_ids=last, past_key_values=cache, labels=last).loss.backward()
+        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    assert torch.allclose(*found)
+
+
+def test_a_model_with_checkpointing_makes_no_cache() -> None:
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens, found = pieces_of(40)[0], []
+    for how in (plans(model)[1], CacheRecipe(plan=plans(model)[1], **AXES["bits, window"])):
+        model.zero_grad()
+        with share(model, how):
+            output = model(input_ids=tokens, labels=tokens)
+            output.loss.backward()
+        assert output.past_key_values is None
+        found.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+    assert torch.allclose(*found)
+
+
 def test_an_empty_recipe_is_its_plan() -> None:
     model = tiny_model("llama")
     recipe = CacheRecipe(plan=plans(model)[1])
@@ -313,6 +343,19 @@ def test_refusals() -> None:
         share(model, recipe, kv_budget="1MiB")
     with share(model, recipe), pytest.raises(RecipeError, match="got a recipe"):
         model.generate(pieces_of(4)[0], kv_budget="1MiB", max_new_tokens=2)
+    _, cache = read(model, recipe, pieces_of(9))
+    with share(model, recipe.plan), pytest.raises(CacheMismatchError, match="filled under a recipe"):
+        model(input_ids=pieces_of(1)[0], past_key_values=cache)
+    with share(model, CacheRecipe(plan=recipe.plan)), pytest.raises(CacheMismatchError, match="another recipe"):
+        model(input_ids=pieces_of(1)[0], past_key_values=cache)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :25] = 0
+    with share(model, recipe), pytest.raises(CacheMismatchError, match="padding in the first piece"):
+        model.generate(pieces_of(40)[0], attention_mask=mask, prefill_chunk_size=16, max_new_tokens=2)
+    flex = tiny_model("llama", "flex_attention")
+    with share(flex, recipe), warnings.catch_warnings(), pytest.raises(RecipeError, match="makes its own mask"):
+        warnings.simplefilter("ignore")  # of torch, to transformers
+        flex(input_ids=pieces_of(9)[0])
     with share(model, recipe), pytest.raises(CacheMismatchError, match="dynamic cache"):
         model.generate(pieces_of(4)[0], cache_implementation="static", max_new_tokens=2, disable_compile=True)
     with pytest.raises(PlanError, match="expected a recipe for 6 layers, got one for 4"):

@@ -232,6 +232,7 @@ def _cost(
     full: PlanCost | None,
 ) -> PlanCost:
     """What `how` costs, with `room` bytes beside the weights, compared with `full` or itself."""
+    kinds = layer_kinds(config)
     recipe = how if isinstance(how, CacheRecipe) else None
     plan = how.plan if isinstance(how, CacheRecipe) else how
 
@@ -240,12 +241,20 @@ def _cost(
             return recipe.cache_bytes(config, dtype, tokens, sequences)
         return cache_bytes(config, dtype, tokens, sequences, plan)
 
+    def taken(tokens: int, sequences: int) -> int:
+        """The cache at its largest up to so many tokens, and what is unpacked of it in a step."""
+        if recipe is None:
+            return held(tokens, sequences)
+        ends = {tokens, min(tokens, recipe.tokens or tokens)}
+        lengths = {n for end in ends for n in range(max(1, end - recipe.group_size + 1), end + 1)}
+        return max(held(n, sequences) for n in lengths) + recipe.working_bytes(kinds, dtype, tokens, sequences)
+
     activations = prefill_activation_bytes(config, dtype, context, 1, plan)
     sequences = longest = None
     if room is not None:
-        sequences = max(0, (room - activations) // held(context, 1))
+        sequences = _longest(lambda number: taken(context, number) + activations <= room)
         longest = _longest(
-            lambda tokens: held(tokens, batch) + prefill_activation_bytes(config, dtype, tokens, 1, plan) <= room
+            lambda tokens: taken(tokens, batch) + prefill_activation_bytes(config, dtype, tokens, 1, plan) <= room
         )
     return PlanCost(
         name=name,

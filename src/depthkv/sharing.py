@@ -56,16 +56,17 @@ class SharedModel(Patches):
             def forward(*args: Any, **kwargs: Any) -> Any:
                 bound = signature.bind(*args, **kwargs).arguments
                 cache = bound.get("past_key_values")
-                if cache is None and (cache := self._cache_for(bound)) is not None:
-                    kwargs["past_key_values"] = cache
+                if cache is None and (made := self._cache_for(bound)):
+                    args, kwargs = (), _by_name(signature, bound) | made
+                    cache = kwargs["past_key_values"]
                 if cache is not None:
                     self._fit(cache)
                 step = Step(plan.kv_source_layers, keep_pairs=is_checkpointed(decoder))
                 step.num_last_positions = self._last_positions(tail.positions_needed(), cache, bound)
                 output = run_step(context, step, decoder, original, args, kwargs)
-                made = getattr(output, "past_key_values", None)
-                if made is not None:
-                    self._fit(made)
+                left = getattr(output, "past_key_values", None)
+                if left is not None:
+                    self._fit(left)
                 return output
 
             return forward
@@ -91,9 +92,9 @@ class SharedModel(Patches):
         """Make a cache one of the plan."""
         fit_cache(cache, self.plan)
 
-    def _cache_for(self, arguments: dict[str, Any]) -> Cache | None:
-        """A cache for a forward that was given none; None leaves it to the model."""
-        return None
+    def _cache_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """For a forward that was given no cache: other arguments, the cache among them; none leaves it to the model."""
+        return {}
 
     def _last_positions(self, needed: int | None, cache: Cache | None, arguments: dict[str, Any]) -> int | None:
         """For how many last positions layers above the last leader run, where the head needs so many."""
@@ -355,6 +356,15 @@ def _check_kinds(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None
                 f"({kinds[source]})"
                 + (": their rotary bases differ" if str(kinds[layer]) == str(kinds[source]) else "")
             )
+
+
+def _by_name(signature: inspect.Signature, bound: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a signature has bound, all by their names."""
+    named = dict(bound)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
 
 
 def _wait_for_first_forward(original: Callable[..., Any]) -> Callable[..., Any]:

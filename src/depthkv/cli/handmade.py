@@ -12,6 +12,7 @@ from depthkv.architectures import max_positions
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, json_path, naming, option
 from depthkv.cli.output import command_line, console, table, write_json
+from depthkv.cli.plan import require_different
 from depthkv.compress.recipe import BITS, Bits, CacheRecipe
 from depthkv.compress.rules import RULES
 from depthkv.memory import cache_bytes, format_bytes
@@ -58,6 +59,7 @@ def recipe_command(
     Without --plan or --retention, the checkpoint's own plan holds, or every layer keeps its cache. What a recipe costs,
     `depthkv evaluate MODEL --recipe FILE` measures.
     """
+    require_different({"--out": out, "--json": json_file, "--plan": plan})
     config, kinds = inputs.read_config(model)
     with naming(model):
         chosen = inputs.choose_plan(plan, retention, config, kinds, default=1.0)

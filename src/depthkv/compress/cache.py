@@ -38,6 +38,8 @@ class CompressedLayer(CacheLayerMixin):
     def __init__(self, recipe: CacheRecipe, leader: int) -> None:
         self.recipe = recipe
         self.leader = leader
+        self.is_read = False
+        """The attention of a layer under the recipe is about to read it."""
         self.seen = 0
         """Tokens of each sequence that passed, padding included."""
         self._clear()
@@ -51,6 +53,8 @@ class CompressedLayer(CacheLayerMixin):
         """False where padding is kept, `[batch, kv_heads, tokens]`; None: there is none."""
         self.attention: torch.Tensor | None = None
         """As `Stored.attention`."""
+        self._least = 0
+        """Tokens that cannot be taken back, since others were evicted for them."""
         self.num_new = 0
         """Tokens of the present step, not compressed yet."""
         self._new_valid: torch.Tensor | None = None
@@ -77,6 +81,10 @@ class CompressedLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Take the step's pair; returns all that is kept and it, unpacked."""
+        if not self.is_read:
+            raise CacheMismatchError(
+                "expected a cache that was filled under the plan in force, got one that was filled under a recipe"
+            )
         self.is_initialized = True
         self.seen += key_states.shape[2]
         self.num_new += key_states.shape[2]
@@ -84,10 +92,17 @@ class CompressedLayer(CacheLayerMixin):
         if self.sinks is None:
             self.sinks = (new[0][:, :, :0], new[1][:, :, :0])
         self.recent = new if self.recent is None else (_join(self.recent[0], new[0]), _join(self.recent[1], new[1]))
-        if self.packed is None and self._tokens(self.sinks) == 0:
-            # nothing to unpack: the step's own pair may be one that a gradient is wanted of
-            return (key_states, value_states) if self.num_past == 0 else self.recent
-        return self._unpacked()
+        if self.num_past == 0:
+            return key_states, value_states
+        return self._with_gradient(key_states, value_states)
+
+    def _with_gradient(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """All that is kept; a gradient reaches the step's own pair."""
+        whole = self._unpacked()
+        if not keys.requires_grad:
+            return whole
+        past = whole[0].shape[2] - keys.shape[2]
+        return torch.cat([whole[0][:, :, :past], keys], dim=2), torch.cat([whole[1][:, :, :past], values], dim=2)
 
     def _unpacked(self) -> Pair:
         """Everything that is kept, in one tensor for keys and one for values."""
@@ -121,20 +136,21 @@ class CompressedLayer(CacheLayerMixin):
         if self.valid is None:
             visible = yes.to(mask.device).expand(batch, mask.shape[1], queries, past)
             return torch.cat([visible, mask[..., -new:]], dim=-1)
-        valid = self.valid.repeat_interleave(num_heads // self.valid.shape[1], dim=1)[:, :, None]
+        # a follower may be on another device than its leader
+        valid = self.valid.to(mask.device).repeat_interleave(num_heads // self.valid.shape[1], dim=1)[:, :, None]
         if mask.dtype != torch.bool:
             valid = torch.zeros(valid.shape, dtype=mask.dtype, device=valid.device).masked_fill(
                 ~valid, torch.finfo(mask.dtype).min
             )
-        shape = (batch, num_heads, queries)
+        shape = (len(valid), num_heads, queries)
         return torch.cat([valid.expand(*shape, past), mask[..., -new:].expand(*shape, new)], dim=-1)
 
-    def note_padding(self, mask: torch.Tensor | None) -> None:
+    def note_padding(self, mask: torch.Tensor | None, batch: int) -> None:
         """Remember which of the step's tokens are padding, from transformers' mask before `mask` cut it."""
         if mask is None:
             self._new_valid = None
             return
-        new = mask[:, 0, -1, self.seen :]  # called before `update`
+        new = mask[:, 0, -1, self.seen :].expand(batch, -1)  # called before `update`
         new = new if new.dtype == torch.bool else new == 0
         self._new_valid = None if bool(new.all()) else new
 
@@ -145,7 +161,8 @@ class CompressedLayer(CacheLayerMixin):
     def observe(self, weights: torch.Tensor) -> None:
         """Add what one reader's last queries attend to, `[batch, heads, queries, kept]`."""
         kv_heads = self._kv_heads
-        per_head = weights.float().sum(dim=2)
+        assert self.recent is not None
+        per_head = weights.float().sum(dim=2).to(self.recent[0].device)
         grouped = per_head.view(len(per_head), kv_heads, -1, per_head.shape[-1]).sum(dim=2)
         if self.attention is None:
             self.attention = grouped
@@ -163,10 +180,11 @@ class CompressedLayer(CacheLayerMixin):
         if self.recent is None:
             return
         self._keep_padding()
-        self.num_new, recipe = 0, self.recipe
+        self.num_new, self.is_read, recipe = 0, False, self.recipe
         count = self.num_kept
         if recipe.tokens is not None and count > recipe.tokens:
             groups = -(-(count - recipe.tokens) // recipe.group_size)
+            self._least = self.seen - recipe.recent
             self._evict(groups * recipe.group_size)
         if self.attention is not None and not recipe.observes(self.num_kept):
             self.attention = None
@@ -174,7 +192,12 @@ class CompressedLayer(CacheLayerMixin):
 
     def _keep_padding(self) -> None:
         new, self._new_valid = self._new_valid, None
-        if new is not None and self.num_past == 0:
+        if new is not None:
+            if self.num_past:
+                raise CacheMismatchError(
+                    "expected padding in the first piece of a prompt only, got some in a later one; read padded "
+                    "prompts at once, without prefill_chunk_size"
+                )
             new = self._sort_padding(new)
         if new is None and self.valid is None:
             return
@@ -328,10 +351,10 @@ class CompressedLayer(CacheLayerMixin):
         if number == self.seen:
             self.reset()
             return
-        if self.seen > self.num_kept and number > self.recipe.recent:
+        if self.seen - number < self._least:
             raise CacheMismatchError(
-                f"expected to crop at most the {self.recipe.recent} recent tokens of a cache from which some were "
-                f"evicted, got {number}"
+                f"expected to crop at most {self.seen - self._least} tokens of a cache from which some were evicted, "
+                f"got {number}"
             )
         if number > self._tokens(self.recent):
             self.recent, self.packed = self._unpacked(), None
@@ -385,11 +408,17 @@ def fit_recipe_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) 
     """
     if getattr(cache, "_depthkv_recipe", None) is recipe:
         return
+    if getattr(cache, "offloading", False):
+        raise CacheMismatchError("expected a cache that stays on its device under a recipe, got an offloaded one")
     fit_cache(cache, recipe.plan)
     for leader in recipe.plan.leaders:
-        if leader not in layers:
-            continue
         present = cache.layers[leader]
+        if leader not in layers:
+            if isinstance(present, CompressedLayer):
+                raise CacheMismatchError(
+                    f"expected a cache in which layer {leader} is kept as it is, got one made under another recipe"
+                )
+            continue
         if isinstance(present, (CompressedLayer, FollowerLayer)) and getattr(present, "recipe", None) == recipe:
             continue
         if int(present.get_seq_length()) > 0:

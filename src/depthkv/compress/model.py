@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 from depthkv import attention
 from depthkv.architectures import text_config
 from depthkv.attention import Context, LayerCache
+from depthkv.checkpointing import is_checkpointed
 from depthkv.compress.cache import CompressedLayer, fit_recipe_cache
 from depthkv.compress.observe import run_observed
 from depthkv.compress.recipe import CacheRecipe
@@ -44,11 +45,16 @@ class CompressedModel(SharedModel):
     def _fit(self, cache: Cache) -> None:
         fit_recipe_cache(cache, self.recipe, self._layers)
 
-    def _cache_for(self, arguments: dict[str, Any]) -> Cache | None:
+    def _cache_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
         # the model would make one inside, too late to be fitted
         uses_cache = arguments.get("use_cache")
         wanted = getattr(text_config(self._decoder.config), "use_cache", True) if uses_cache is None else uses_cache
-        return DynamicCache(config=self._decoder.config) if wanted else None  # type: ignore[no-untyped-call, unused-ignore]
+        if not wanted:
+            return {}
+        if is_checkpointed(self._decoder):  # a layer that is recomputed would fill it twice
+            return {"use_cache": False, "past_key_values": None}
+        cache = DynamicCache(config=self._decoder.config)  # type: ignore[no-untyped-call, unused-ignore]
+        return {"use_cache": True, "past_key_values": cache}
 
     def _last_positions(self, needed: int | None, cache: Cache | None, arguments: dict[str, Any]) -> int | None:
         # layers above the last leader have a say in what is evicted, so they run for the queries that are asked
@@ -76,15 +82,16 @@ def attention_forward(
         if not isinstance(entry, CompressedLayer):
             return plain(*args, **kwargs)
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.ndim != 4:
+        if mask is not None and getattr(mask, "ndim", None) != 4:
             raise RecipeError(
                 'expected attn_implementation "sdpa" or "eager" under a recipe, got one that makes its own mask'
             )
         if source == layer:
             hidden = args[0] if args else kwargs["hidden_states"]
             step.observed[layer] = entry.wants_attention(hidden.shape[1])
-            entry.note_padding(mask)
+            entry.note_padding(mask, hidden.shape[0])
         kwargs["attention_mask"] = entry.mask(mask, num_heads)
+        entry.is_read = True
         stand_in = _Reading(step, layer, cache)
         kwargs[cache_argument] = stand_in
         if step.observed[source]:

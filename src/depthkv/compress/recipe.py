@@ -173,6 +173,23 @@ class CacheRecipe:
             self.layer_bytes(kinds[leader], bits, dtype, num_tokens) for leader, bits in self.bits.items()
         )
 
+    def working_bytes(self, kinds: Sequence[LayerKind], dtype: torch.dtype, num_tokens: int, batch: int = 1) -> int:
+        """Most bytes of unpacked keys and values that a step holds beside the cache, of compressed leaders.
+
+        A leader's pair lives until its last reader is done: of one whole prompt, or of what all sequences keep.
+        """
+        last = {source: layer for layer, source in enumerate(self.plan.kv_source_layers)}
+        pairs = {
+            leader: kv_bytes_per_layer(kinds[leader], dtype)
+            for leader, bits in self.bits.items()
+            if kinds[leader].window is None and (self.tokens is not None or bits != (16, 16))
+        }
+        together = max(
+            (sum(size for leader, size in pairs.items() if leader <= layer <= last[leader]) for layer in pairs),
+            default=0,
+        )
+        return together * max(num_tokens, batch * min(num_tokens, self.tokens or num_tokens))
+
     def check(self, kinds: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
         """Raise `PlanError` unless the plan is for so many layers."""
         if self.plan.num_layers != len(kinds):

@@ -55,7 +55,7 @@ class Space:
             shorter texts a recipe is measured with as large a share of the tokens, see `on_text`.
         batch: sequences.
         rule: which tokens stay.
-        working: count what a step unpacks beside the cache, see `working_bytes`.
+        working: count what a step unpacks beside the cache, see `CacheRecipe.working_bytes`.
 
     Raises:
         RecipeError: an unknown axis, none, or a text longer than the context.
@@ -227,7 +227,9 @@ class Space:
             (self._lengthwise(recipe, self.kinds[leader], bits) for leader, bits in recipe.bits.items()),
             np.zeros(1, dtype=np.int64),
         )
-        return self.batch * int(total.max()) + (self.working_bytes(recipe) if self.working else 0)
+        return self.batch * int(total.max()) + (
+            recipe.working_bytes(self.kinds, self.dtype, self.context, self.batch) if self.working else 0
+        )
 
     def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[Bits, Bits]) -> np.ndarray:
         key = (recipe.tokens, recipe.group_size, recipe.rule_name, kind, bits)
@@ -237,25 +239,6 @@ class Space:
             sizes = [recipe.layer_bytes(kind, bits, self.dtype, tokens) for tokens in lengths]
             self._sizes[key] = np.array(sizes, dtype=np.int64)
         return self._sizes[key]
-
-    def working_bytes(self, recipe: CacheRecipe) -> int:
-        """Most bytes of unpacked keys and values that a step holds beside the cache, of compressed leaders.
-
-        A leader's pair lives until its last reader is done: of one whole prompt, or of what all sequences keep.
-        """
-        sources = recipe.plan.kv_source_layers
-        last = {source: layer for layer, source in enumerate(sources)}
-        pairs = {
-            leader: kv_bytes_per_layer(self.kinds[leader], self.dtype)
-            for leader, bits in recipe.bits.items()
-            if self.kinds[leader].window is None and (recipe.tokens is not None or bits != (16, 16))
-        }
-        together = max(
-            (sum(size for leader, size in pairs.items() if leader <= layer <= last[leader]) for layer in pairs),
-            default=0,
-        )
-        kept = min(self.context, recipe.tokens or self.context)
-        return together * max(self.context, self.batch * kept)
 
 
 def mean_width(bits: Width) -> float:
