@@ -295,6 +295,21 @@ def router_cost() -> str:
     return table(["router", "time to first token", "time per further token"], rows)
 
 
+def recipes_speed() -> str:
+    """Decoding under recipes beside the full cache and the shared one, in turns in one run."""
+    rows = []
+    for run in read("recipes_speed.jsonl"):
+        for name, arm in run["arms"].items():
+            ratio = arm.get("decode_tokens_per_s_by_shared", 1.0)
+            rows.append([name, f"{1000 * arm['itl_s']:.1f} ms", f"{arm['decode_tokens_per_s']:.1f}", f"{ratio:.2f}x"])
+            rows[-1] += [
+                f"{arm[name] / 2**20:.2f} MiB"
+                for name in ("cache_bytes", "step_reads_packed_bytes", "step_moves_unpacked_bytes")
+            ]
+    headings = ["cache", "between tokens", "tokens/s", "of the shared one", "held"]
+    return table([*headings, "read by a kernel that unpacks itself", "moved as it is now"], rows)
+
+
 HEADS_RECIPES = {"layers": "all layers' weights", "adapter": "fine-tuned, then an adapter"}
 """Recipes of benchmarks/heads.py."""
 
@@ -412,6 +427,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "adaptive-sorts": adaptive_sorts,
     "elastic": elastic,
     "router-cost": router_cost,
+    "joint": joint,
+    "recipes-speed": recipes_speed,
+    "joint-recipes": joint_recipes,
 }
 
 

@@ -217,7 +217,17 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _joint_lines(number: int) -> list[dict[str, Any]]:
+    """Lines of one label of docs/raw/joint.jsonl."""
+    text = (Path(__file__).parent / "raw" / "joint.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    label = list(dict.fromkeys(line["label"] for line in found))[number]
+    return [line for line in found if line["label"] == label]
+
+
 PICTURES: dict[str, Callable[[], str]] = {
+    "joint-adapter.svg": lambda: joint(_joint_lines(0)),
+    "joint-scratch.svg": lambda: joint(_joint_lines(1)),
     "layers.svg": layers,
     "memory.svg": memory,
     "training.svg": training,

@@ -182,7 +182,9 @@ def _watch(model: Any, recipe: CacheRecipe, steps: list[StepReport]) -> Any:
             )
         )
 
-    return model.register_forward_hook(watch)
+    # PEFT's generate() calls the model inside it
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.register_forward_hook(watch)
 
 
 def _encode(tokenizer: Any, prompts: list[str]) -> Any:
