@@ -192,7 +192,7 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
     parts.append(_text((left + right) / 2, bottom + 44, "times smaller than the full cache", "soft middle"))
     names: list[tuple[float, str, str]] = []
     shorter: list[str] = []
-    for axes in sorted({tuple(line["axes"]) for line in known}, key=len):
+    for axes in sorted({tuple(line["axes"]) for line in known}, key=lambda found: (len(found), found)):
         kind = ("one", "two", "all")[len(axes) - 1]
         row = sorted((line["factor"], line["loss"]["difference"]) for line in known if tuple(line["axes"]) == axes)
         path = "L".join(f"{across(factor):.1f} {down(loss):.1f}" for factor, loss in row)
