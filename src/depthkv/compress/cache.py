@@ -231,7 +231,7 @@ class CompressedLayer(CacheLayerMixin):
         """Drop `number` tokens of each sequence and head.
 
         Of a prompt the tokens with the lowest scores. Later those packed groups whose tokens have the lowest mean: so
-        nothing is rounded twice.
+        nothing is rounded twice, unless more goes at once than is packed.
         """
         recipe = self.recipe
         if self.packed is not None and self._num_packed >= number and isinstance(recipe.eviction, Window):
