@@ -21,7 +21,7 @@ from depthkv import SharingPlan, load, share
 from depthkv.cli import main
 from depthkv.evaluate import perplexity
 from depthkv.memory import measured_cache_bytes
-from tiny import LAYERS, POSITIONS, tiny_checkpoint, tiny_text
+from tiny import LAYERS, POSITIONS, figures, tiny_checkpoint, tiny_text
 
 HALF = SharingPlan.every(2, LAYERS)
 
@@ -44,11 +44,6 @@ def plan_file(tmp_path: Path) -> Path:
 
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
-
-
-def figures(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 # inspect

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,7 @@ from depthkv.adaptive.similarity import SimilarityRouter
 from depthkv.architectures import layer_kinds
 from depthkv.cli import main
 from depthkv.memory import cache_bytes
-from tiny import LAYERS, POSITIONS, tiny_checkpoint, tiny_text
+from tiny import LAYERS, POSITIONS, figures, tiny_checkpoint, tiny_text
 
 SMALL = ("--block-size", 32, "--blocks", 6, "--held-out-blocks", 4)
 
@@ -45,11 +44,6 @@ def router(model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
-
-
-def figures(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 @pytest.mark.parametrize("method", ["portfolio", "similarity", "learned"])

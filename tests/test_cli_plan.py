@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from depthkv.evaluate.perplexity import spread
 from depthkv.memory import device_room
 from depthkv.report.reading import read_figures
 from families import tiny_model as family_model
-from tiny import tiny_checkpoint, tiny_text, tiny_tokenizer
+from tiny import figures, tiny_checkpoint, tiny_text, tiny_tokenizer
 
 SMALL = ("--block-size", 32, "--blocks", 6, "--cost-blocks", 4, "--held-out-blocks", 4, "--evaluations", 3)
 
@@ -45,11 +44,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(model: Path, text: object, *more: object, out: Path, small: tuple[object, ...] = SMALL) -> int:
     arguments = ["plan", model, "--data", text, "--out", out, *more, *small]
     return main([str(argument) for argument in arguments])
-
-
-def figures(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 def test_plan_is_chosen_measured_and_explained(

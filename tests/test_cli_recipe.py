@@ -24,7 +24,7 @@ from depthkv.errors import DepthKVError
 from depthkv.evaluate.perplexity import spread
 from depthkv.memory import cache_bytes, device_room, weight_bytes
 from depthkv.report.reading import read_figures
-from tiny import tiny_checkpoint, tiny_text
+from tiny import figures, tiny_checkpoint, tiny_text
 
 LAYERS = 6
 SMALL = ("--block-size", 96, "--blocks", 6, "--cost-blocks", 4, "--held-out-blocks", 4, "--evaluations", 3)
@@ -56,11 +56,6 @@ def plan_file(tmp_path: Path) -> Path:
 def choose(model: Path, text: object, *more: object, out: Path, small: tuple[object, ...] = SMALL) -> int:
     arguments = ["plan", model, "--data", text, "--out", out, *small, *more]
     return main([str(argument) for argument in arguments])
-
-
-def figures(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 def test_a_recipe_is_chosen_measured_and_compared(

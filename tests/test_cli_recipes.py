@@ -19,7 +19,7 @@ from depthkv.compress.measure import streamed_losses
 from depthkv.data import named_blocks, resolve_data
 from depthkv.memory import cache_bytes
 from depthkv.plan import SharingPlan as Plan
-from tiny import LAYERS, tiny_checkpoint, tiny_text
+from tiny import LAYERS, figures, tiny_checkpoint, tiny_text
 
 HALF = SharingPlan.every(2, LAYERS)
 SMALL: dict[str, Any] = {"plan": HALF, "group_size": 8, "sinks": 2, "recent": 6}
@@ -49,11 +49,6 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
-
-
-def figures(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 @pytest.mark.parametrize("name", ["bits", "few"])

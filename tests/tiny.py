@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,9 @@ def tiny_text(path: Path, num_words: int = 4000, seed: int = 0) -> Path:
     lines = [" ".join(words[i : i + 40]) for i in range(0, num_words, 40)]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """What a command wrote with --json."""
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read

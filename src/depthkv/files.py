@@ -1,12 +1,14 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and JSON files that say what they are."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from depthkv.errors import DepthKVError
 
@@ -49,6 +51,50 @@ def write_text(
     """Write `text` in UTF-8, as `replacing` does."""
     with replacing(path, what, error_class) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(
+    path: str | os.PathLike[str],
+    what: str,
+    error_class: type[DepthKVError] = DepthKVError,
+    parse_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """What a JSON file holds.
+
+    Args:
+        path: of the file.
+        what: for the error, such as "plan".
+        error_class: of the error.
+        parse_constant: as for `json.loads`: what to make of NaN and infinities.
+
+    Raises:
+        DepthKVError: the file cannot be read, or is no JSON; names it.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=parse_constant)
+    except OSError as error:
+        raise error_class(f"expected a {what} file at {path}, got {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise error_class(f"{path}: expected a {what} in JSON, got {error or 'too deep a nesting'}") from error
+
+
+def checked_header(
+    data: object, name: str, version: int, known: Set[str], error_class: type[DepthKVError] = DepthKVError
+) -> dict[str, Any]:
+    """`data` itself, if it is a JSON object of this format and version with known keys only.
+
+    Raises:
+        DepthKVError: it is something else.
+    """
+    if not isinstance(data, dict):
+        raise error_class(f"expected a JSON object, got {type(data).__name__}")
+    if data.get("format") != name:
+        raise error_class(f'expected "format": "{name}", got {data.get("format")!r}')
+    if unknown := sorted(str(key) for key in data.keys() - known):
+        raise error_class(f"expected only the keys {sorted(known)}, got {unknown[0]!r}")
+    if data.get("version") != version or isinstance(data["version"], bool):
+        raise error_class(f'expected "version": {version}, got {data.get("version")!r}')
+    return data
 
 
 def _umask() -> int:

@@ -245,9 +245,8 @@ def _cost(
         """The cache at its largest up to so many tokens, and what is unpacked of it in a step."""
         if recipe is None:
             return held(tokens, sequences)
-        ends = {tokens, min(tokens, recipe.tokens or tokens)}
-        lengths = {n for end in ends for n in range(max(1, end - recipe.group_size + 1), end + 1)}
-        return max(held(n, sequences) for n in lengths) + recipe.working_bytes(kinds, dtype, tokens, sequences)
+        largest = max(held(n, sequences) for n in recipe.largest_lengths(tokens))
+        return largest + recipe.working_bytes(kinds, dtype, tokens, sequences)
 
     activations = prefill_activation_bytes(config, dtype, context, 1, plan)
     sequences = longest = None

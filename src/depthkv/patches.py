@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, update_wrapper
@@ -111,6 +112,21 @@ class Patches:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, all by their names."""
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def wants_cache(arguments: dict[str, Any], config: Any) -> bool:
+    """Whether a forward of the decoder with these arguments fills a cache, asked for or by its config."""
+    asked = arguments.get("use_cache")
+    return bool(getattr(text_config(config), "use_cache", True) if asked is None else asked)
 
 
 def adapter_switch(model: nn.Module) -> Callable[[bool], None] | None:

@@ -12,11 +12,10 @@ import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthkv.errors import PlanError
-from depthkv.files import write_text
+from depthkv.files import checked_header, read_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -175,15 +174,8 @@ class SharingPlan:
     @classmethod
     def from_dict(cls, data: object) -> SharingPlan:
         """The inverse of `to_dict`; unknown keys, another format or version and wrong types are errors."""
-        if not isinstance(data, dict):
-            raise PlanError(f"expected a JSON object, got {type(data).__name__}")
-        if data.get("format") != FORMAT:
-            raise PlanError(f'expected "format": "{FORMAT}", got {data.get("format")!r}')
         known = {"format", "version", "kv_source_layers", "provenance"}
-        if unknown := sorted(str(key) for key in data.keys() - known):
-            raise PlanError(f"expected only the keys {sorted(known)}, got {unknown[0]!r}")
-        if data.get("version") != VERSION or isinstance(data["version"], bool):
-            raise PlanError(f'expected "version": {VERSION}, got {data.get("version")!r}')
+        data = checked_header(data, FORMAT, VERSION, known, PlanError)
         if "kv_source_layers" not in data:
             raise PlanError('expected the key "kv_source_layers", got none')
         return cls(data["kv_source_layers"], data.get("provenance", {}))
@@ -195,12 +187,7 @@ class SharingPlan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SharingPlan:
         """Read a `plan.json`; the error names the file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"expected a plan file at {path}, got {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path}: expected a plan in JSON, got {error or 'too deep a nesting'}") from error
+        data = read_json(path, "plan", PlanError)
         try:
             return cls.from_dict(data)
         except PlanError as error:

@@ -20,7 +20,7 @@ from depthkv.cache import fit_cache
 from depthkv.checkpointing import is_checkpointed, refuse_reentrant_checkpointing, run_step
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import PlanError
-from depthkv.patches import Patches, adapter_switch, guarded, patch_layers, patch_tail
+from depthkv.patches import Patches, adapter_switch, by_name, guarded, patch_layers, patch_tail
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
 
@@ -54,15 +54,15 @@ class SharedModel(Patches):
 
         def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                bound = signature.bind(*args, **kwargs).arguments
-                cache = bound.get("past_key_values")
-                if cache is None and (made := self._cache_for(bound)):
-                    args, kwargs = (), _by_name(signature, bound) | made
+                arguments = signature.bind(*args, **kwargs).arguments
+                cache = arguments.get("past_key_values")
+                if cache is None and (made := self._cache_for(arguments)):
+                    args, kwargs = (), by_name(signature, args, kwargs) | made
                     cache = kwargs["past_key_values"]
                 if cache is not None:
                     self._fit(cache)
                 step = Step(plan.kv_source_layers, keep_pairs=is_checkpointed(decoder))
-                step.num_last_positions = self._last_positions(tail.positions_needed(), cache, bound)
+                step.num_last_positions = self._last_positions(tail.positions_needed(), cache, arguments)
                 output = run_step(context, step, decoder, original, args, kwargs)
                 left = getattr(output, "past_key_values", None)
                 if left is not None:
@@ -356,15 +356,6 @@ def _check_kinds(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None
                 f"({kinds[source]})"
                 + (": their rotary bases differ" if str(kinds[layer]) == str(kinds[source]) else "")
             )
-
-
-def _by_name(signature: inspect.Signature, bound: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that a signature has bound, all by their names."""
-    named = dict(bound)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named |= named.pop(name, {})
-    return named
 
 
 def _wait_for_first_forward(original: Callable[..., Any]) -> Callable[..., Any]:

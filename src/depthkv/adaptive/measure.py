@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,14 @@ from depthkv.adaptive.router import Router
 from depthkv.architectures import LayerKind
 from depthkv.calibrate.store import fingerprint
 from depthkv.errors import DepthKVError
-from depthkv.files import write_text
+from depthkv.kept_losses import load_losses, save_losses
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
 Advance = Callable[[int], None]
 """Called with 1 after each plan or batch."""
+
+FORMAT = "depthkv-plan-losses"
 
 
 @torch.no_grad()
@@ -83,41 +83,17 @@ def plan_losses(
         DepthKVError: as there, or a file that belongs to another model, text or length of prompts.
     """
     key = fingerprint(model, blocks, ["continuation", prompt_tokens, str(model.dtype)])
-    kept = {} if path is None else _load(path, key, len(blocks))
+    kept = {} if path is None else load_losses(path, "plans", FORMAT, key, len(blocks))
     columns = []
     for plan in plans:
         name = ",".join(map(str, plan.kv_source_layers))
         if name not in kept:
             kept[name] = continuation_losses(model, plan, blocks, prompt_tokens, batch_size)[0]
             if path is not None:
-                text = json.dumps({"format": "depthkv-plan-losses", "version": 1, "fingerprint": key, "losses": kept})
-                write_text(path, text + "\n", "the losses of plans")
+                save_losses(path, "plans", FORMAT, key, kept)
         columns.append(kept[name])
         advance(1)
     return torch.tensor(columns, dtype=torch.float64).T
-
-
-def _load(path: str | os.PathLike[str], key: str, num_blocks: int) -> dict[str, list[float]]:
-    if not Path(path).exists():
-        return {}
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        losses = data["losses"]
-        known = data["format"] == "depthkv-plan-losses" and data["version"] == 1
-        numbers = all(
-            len(row) == num_blocks and all(isinstance(v, float) and math.isfinite(v) for v in row)
-            for row in losses.values()
-        )
-        found = data["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        got = f"a damaged file ({type(error).__name__}: {error})"
-        raise DepthKVError(f"{path}: expected losses of plans, got {got}") from error
-    if not known or found != key or not numbers:
-        raise DepthKVError(
-            f"{path}: expected losses of this model on this text, in this dtype and with prompts of this length, got "
-            "others; name another file or remove it"
-        )
-    return dict(losses)
 
 
 def varied_plans(kinds: Sequence[LayerKind], retention: float) -> list[SharingPlan]:

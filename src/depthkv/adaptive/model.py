@@ -21,7 +21,7 @@ from depthkv.adaptive.steps import PromptStep, TokenStep, attention_forward
 from depthkv.decoder import Decoder
 from depthkv.errors import KVBudgetError, PlanError
 from depthkv.memory import measured_cache_bytes
-from depthkv.patches import Patches, guarded, patch_layers, patch_tail
+from depthkv.patches import Patches, by_name, guarded, patch_layers, patch_tail, wants_cache
 from depthkv.plan import SharingPlan
 from depthkv.prefill import Tail
 from depthkv.sharing import check_plan
@@ -98,11 +98,7 @@ class AdaptiveModel(Patches):
         signature = inspect.signature(self._decoder.module.forward)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            arguments = dict(signature.bind(*args, **kwargs).arguments)
-            for name, parameter in signature.parameters.items():
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    arguments |= arguments.pop(name, {})
-            return self._run(original, arguments)
+            return self._run(original, by_name(signature, args, kwargs))
 
         return forward
 
@@ -121,8 +117,7 @@ class AdaptiveModel(Patches):
         inputs = arguments.get("input_ids")
         batch, tokens = (arguments["inputs_embeds"] if inputs is None else inputs).shape[:2]
         cache = arguments.get("past_key_values")
-        uses_cache = arguments.get("use_cache")
-        if cache is None and (getattr(decoder.config, "use_cache", True) if uses_cache is None else uses_cache):
+        if cache is None and wants_cache(arguments, decoder.config):
             cache = arguments["past_key_values"] = DynamicCache(config=decoder.config)
         layers = None if cache is None else grouped_layers(cache, decoder.num_layers)
         given_up: list[tuple[int, int]] = []

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError
-from depthkv.files import write_text
+from depthkv.files import read_json, write_text
 from depthkv.plan import SharingPlan
 
 FORMAT, VERSION = "depthkv-calibration", 1
@@ -134,14 +133,7 @@ class Calibration:
         Raises:
             DepthKVError: no such file, no JSON, unknown or missing keys, wrong types; names the file.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
-        except OSError as error:
-            raise DepthKVError(f"expected a calibration file at {path}, got {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise DepthKVError(
-                f"{path}: expected a calibration in JSON, got {error or 'too deep a nesting'}"
-            ) from error
+        data = read_json(path, "calibration", parse_constant=_no_constant)
         try:
             return _checked(data)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

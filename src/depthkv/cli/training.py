@@ -30,12 +30,9 @@ def cache_losses(
         "the recipe": recipe,
     }
     losses = {}
-    training = model.training
-    model.eval()
     for name, how in arms.items():
         found = streamed_losses(model, how, blocks, blocks.shape[1] // 2, batch_size=batch_size, advance=advance)
         losses[name] = sum(found) / len(found)
-    model.train(training)
     return losses
 
 

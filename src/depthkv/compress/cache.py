@@ -10,17 +10,14 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from depthkv.cache import FollowerLayer, fit_cache
+from depthkv.attention import Pair
+from depthkv.cache import fit_cache
 from depthkv.compress.packing import PackedTensor, PlainTensor
 from depthkv.compress.recipe import ALONG, CacheRecipe
 from depthkv.compress.rules import Stored, Window
 from depthkv.errors import CacheMismatchError, RecipeError
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values, each `[batch, kv_heads, tokens, head_dim]`."""
-
 
 Store = PackedTensor | PlainTensor
 
@@ -160,20 +157,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def observe(self, weights: torch.Tensor) -> None:
         """Add what one reader's last queries attend to, `[batch, heads, queries, kept]`."""
-        kv_heads = self._kv_heads
         assert self.recent is not None
         per_head = weights.float().sum(dim=2).to(self.recent[0].device)
-        grouped = per_head.view(len(per_head), kv_heads, -1, per_head.shape[-1]).sum(dim=2)
+        grouped = per_head.view(len(per_head), self.recent[0].shape[1], -1, per_head.shape[-1]).sum(dim=2)
         if self.attention is None:
             self.attention = grouped
         else:
             missing = grouped.shape[-1] - self.attention.shape[-1]
             self.attention = torch.nn.functional.pad(self.attention, (0, missing)) + grouped
-
-    @property
-    def _kv_heads(self) -> int:
-        assert self.recent is not None
-        return int(self.recent[0].shape[1])
 
     def compress(self) -> None:
         """Evict and pack what the step made too much: once all readers are done."""
@@ -234,11 +225,11 @@ class CompressedLayer(CacheLayerMixin):
         nothing is rounded twice, unless more goes at once than is packed.
         """
         recipe = self.recipe
-        if self.packed is not None and self._num_packed >= number and isinstance(recipe.eviction, Window):
-            if self.valid is None:  # the oldest are the first that are packed: no need to unpack any
-                for store in self.packed:
-                    store.drop_first(number)
-                return
+        in_groups = self._num_packed >= number
+        if in_groups and isinstance(recipe.eviction, Window) and self.valid is None:
+            for store in self.packed or ():  # the oldest are the first that are packed: no need to unpack any
+                store.drop_first(number)
+            return
         keys, values = self._unpacked()
         count = keys.shape[2]
         scores = recipe.eviction.scores(Stored(keys=keys, values=values, attention=self.attention)).double()
@@ -246,17 +237,15 @@ class CompressedLayer(CacheLayerMixin):
             raise RecipeError(
                 f"expected scores of shape {list(keys.shape[:3])} from {recipe.rule_name}, got {list(scores.shape)}"
             )
-        if self._num_packed >= number:
-            self._evict_groups(scores, number)
-            return
         scores = scores.clone()
         scores[..., : recipe.sinks] = torch.inf
         if self.valid is not None:
             scores = scores.masked_fill(~self.valid, -torch.inf)
+        if in_groups:
+            self._evict_groups(scores, number)
+            return
         scores[..., count - recipe.recent :] = torch.inf
-        # a stable order, so that equal scores give the same tokens on every device: the later ones stay
-        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
-        kept = (count - 1 - order[..., : count - number]).sort(dim=-1).values
+        kept = _best(scores, count - number)
         self.sinks, self.packed = (keys[:, :, :0], values[:, :, :0]), None
         self.recent = (_gather(keys, kept), _gather(values, kept))
         self._keep_beside(kept)
@@ -265,13 +254,10 @@ class CompressedLayer(CacheLayerMixin):
         """Drop whole packed groups, each head its own."""
         assert self.packed is not None
         size, first = self.recipe.group_size, self._tokens(self.sinks)
-        if self.valid is not None:
-            scores = scores.masked_fill(~self.valid, -torch.inf)
         groups = self._num_packed // size
         inner = scores[..., first : first + self._num_packed]
         means = inner.reshape(*inner.shape[:2], groups, size).mean(dim=-1)
-        order = means.flip(-1).argsort(dim=-1, descending=True, stable=True)
-        kept = (groups - 1 - order[..., : groups - number // size]).sort(dim=-1).values
+        kept = _best(means, groups - number // size)
         last = torch.arange(first + self._num_packed, scores.shape[-1], device=kept.device)
         inside = (first + kept[..., None] * size + torch.arange(size, device=kept.device)).flatten(2)
         shape = (*kept.shape[:2], -1)
@@ -419,14 +405,14 @@ def fit_recipe_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) 
                     f"expected a cache in which layer {leader} is kept as it is, got one made under another recipe"
                 )
             continue
-        if isinstance(present, (CompressedLayer, FollowerLayer)) and getattr(present, "recipe", None) == recipe:
+        if isinstance(present, CompressedLayer) and present.recipe == recipe:
             continue
         if int(present.get_seq_length()) > 0:
             raise CacheMismatchError(
                 f"expected an empty cache or one made under the same recipe, got {int(present.get_seq_length())} "
                 f"tokens in layer {leader}"
             )
-        if type(present).__name__ != "DynamicLayer" and not isinstance(present, CompressedLayer):
+        if type(present) not in (DynamicLayer, CompressedLayer):
             raise CacheMismatchError(
                 f"expected transformers' dynamic cache under a recipe, got a {type(present).__name__} in layer {leader}"
             )
@@ -436,6 +422,12 @@ def fit_recipe_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) 
 
 def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, second], dim=2) if first.shape[2] else second
+
+
+def _best(scores: torch.Tensor, number: int) -> torch.Tensor:
+    """Places of the `number` highest, ascending; of equal ones the later, so that every device takes the same."""
+    order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
+    return (scores.shape[-1] - 1 - order[..., :number]).sort(dim=-1).values
 
 
 def _gather(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from depthkv.calibrate.store import fingerprint
-from depthkv.compress.measure import PIECE, streamed_losses
+from depthkv.compress.measure import streamed_losses
 from depthkv.compress.recipe import CacheRecipe
-from depthkv.errors import DepthKVError
-from depthkv.files import write_text
+from depthkv.evaluate.text import PIECE
+from depthkv.kept_losses import load_losses, save_losses
 
 Measure = Callable[[CacheRecipe], Sequence[float]]
 """From a recipe to its loss on each block of text, nats per token."""
 
-FORMAT, VERSION = "depthkv-recipe-losses", 1
+FORMAT = "depthkv-recipe-losses"
 
 
 class RecipeLosses:
@@ -51,7 +49,7 @@ class RecipeLosses:
         self.num_measured = 0
         """By this object, those in the file not counted."""
         self._key = fingerprint(model, blocks, ["recipes", prompt_tokens, PIECE, str(model.dtype)])
-        self._kept = {} if path is None or not Path(path).exists() else self._load(Path(path))
+        self._kept = {} if path is None else load_losses(path, "recipes", FORMAT, self._key, len(blocks))
 
     def __call__(self, recipe: CacheRecipe) -> list[float]:
         """The loss of each block."""
@@ -64,29 +62,8 @@ class RecipeLosses:
             )
             self.num_measured += 1
             if self.path is not None:
-                data = {"format": FORMAT, "version": VERSION, "fingerprint": self._key, "losses": self._kept}
-                write_text(self.path, json.dumps(data) + "\n", "the losses of recipes")
+                save_losses(self.path, "recipes", FORMAT, self._key, self._kept)
         return self._kept[name]
-
-    def _load(self, path: Path) -> dict[str, list[float]]:
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            losses: dict[str, list[float]] = data["losses"]
-            known = data["format"] == FORMAT and data["version"] == VERSION
-            numbers = all(
-                len(row) == len(self.blocks) and all(isinstance(v, float) and math.isfinite(v) for v in row)
-                for row in losses.values()
-            )
-            found = data["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            got = f"a damaged file ({type(error).__name__}: {error})"
-            raise DepthKVError(f"{path}: expected losses of recipes, got {got}") from error
-        if not known or found != self._key or not numbers:
-            raise DepthKVError(
-                f"{path}: expected losses of this model on this text, in this dtype and with prompts of this length, "
-                "got others; name another file or remove it"
-            )
-        return dict(losses)
 
 
 def _name(recipe: CacheRecipe) -> str:

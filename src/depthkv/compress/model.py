@@ -17,6 +17,7 @@ from depthkv.compress.observe import run_observed
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder
 from depthkv.errors import RecipeError
+from depthkv.patches import wants_cache
 from depthkv.sharing import SharedModel
 
 
@@ -27,11 +28,7 @@ class CompressedModel(SharedModel):
         self.recipe = recipe
         """The recipe in force."""
         kinds = recipe.check(decoder.kinds)
-        self._layers = frozenset(
-            leader
-            for leader, bits in recipe.bits.items()
-            if kinds[leader].window is None and (recipe.tokens is not None or bits != (16, 16))
-        )
+        self._layers = frozenset(recipe.compressed(kinds))
         """Leaders whose caches are compressed."""
         super().__init__(decoder, recipe.plan, switch)
 
@@ -47,9 +44,7 @@ class CompressedModel(SharedModel):
 
     def _cache_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
         # the model would make one inside, too late to be fitted
-        uses_cache = arguments.get("use_cache")
-        wanted = getattr(text_config(self._decoder.config), "use_cache", True) if uses_cache is None else uses_cache
-        if not wanted:
+        if not wants_cache(arguments, self._decoder.config):
             return {}
         if is_checkpointed(self._decoder):  # a layer that is recomputed would fill it twice
             return {"use_cache": False, "past_key_values": None}

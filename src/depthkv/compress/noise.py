@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from depthkv.architectures import LayerKind
 from depthkv.attention import Noise, Pair
 from depthkv.compress.quantization import fake_quantize
-from depthkv.compress.recipe import BITS, CacheRecipe
+from depthkv.compress.recipe import ALONG, BITS, CacheRecipe
 from depthkv.errors import RecipeError
 
 
@@ -33,12 +33,10 @@ def recipe_noise(recipe: CacheRecipe, kinds: Sequence[LayerKind]) -> Noise:
     def noise(layer: int, pair: Pair) -> Pair:
         if kinds[layer].window is not None:
             return pair
-        key_bits, value_bits = recipe.bits.get(layer, fewest)
-        keys, values = pair
-        if key_bits != 16:
-            keys = fake_quantize(keys, key_bits, recipe.group_size, "tokens")
-        if value_bits != 16:
-            values = fake_quantize(values, value_bits, recipe.group_size, "channels")
+        keys, values = (
+            part if bits == 16 else fake_quantize(part, bits, recipe.group_size, along)
+            for part, bits, along in zip(pair, recipe.bits.get(layer, fewest), ALONG, strict=True)
+        )
         return keys, values
 
     return noise

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from depthkv.architectures import LayerKind, layer_kinds
@@ -19,7 +18,7 @@ from depthkv.compress.packing import packed_bytes_per_token
 from depthkv.compress.quantization import Along
 from depthkv.compress.rules import OBSERVED_STEPS, RULES, Rule
 from depthkv.errors import PlanError, RecipeError
-from depthkv.files import write_text
+from depthkv.files import checked_header, read_json, write_text
 from depthkv.memory import kv_bytes_per_layer, layer_cache_bytes
 from depthkv.plan import SharingPlan
 
@@ -128,7 +127,23 @@ class CacheRecipe:
         """For people."""
         return self.rule if isinstance(self.rule, str) else type(self.rule).__name__
 
+    def compressed(self, kinds: Sequence[LayerKind]) -> tuple[int, ...]:
+        """Leaders whose caches the recipe changes: with full attention, and few bits or tokens."""
+        return tuple(
+            leader
+            for leader, bits in self.bits.items()
+            if kinds[leader].window is None and (self.tokens is not None or bits != (16, 16))
+        )
+
     # Bytes
+
+    def largest_lengths(self, num_tokens: int) -> list[int]:
+        """Numbers of tokens up to `num_tokens`, one of which takes the most bytes on the way there, ascending.
+
+        Before a group is packed or evicted the cache is a little larger than after it.
+        """
+        ends = {num_tokens, min(num_tokens, self.tokens or num_tokens)}
+        return sorted({n for end in ends for n in range(max(1, end - self.group_size + 1), end + 1)})
 
     def kept_tokens(self, num_tokens: int) -> int:
         """Tokens that a leader with full attention keeps after `num_tokens`, however they came.
@@ -179,11 +194,7 @@ class CacheRecipe:
         A leader's pair lives until its last reader is done: of one whole prompt, or of what all sequences keep.
         """
         last = {source: layer for layer, source in enumerate(self.plan.kv_source_layers)}
-        pairs = {
-            leader: kv_bytes_per_layer(kinds[leader], dtype)
-            for leader, bits in self.bits.items()
-            if kinds[leader].window is None and (self.tokens is not None or bits != (16, 16))
-        }
+        pairs = {leader: kv_bytes_per_layer(kinds[leader], dtype) for leader in self.compressed(kinds)}
         together = max(
             (sum(size for leader, size in pairs.items() if leader <= layer <= last[leader]) for layer in pairs),
             default=0,
@@ -240,14 +251,7 @@ class CacheRecipe:
 
         Only format, version and kv_source_layers have to be there.
         """
-        if not isinstance(data, dict):
-            raise RecipeError(f"expected a JSON object, got {type(data).__name__}")
-        if data.get("format") != FORMAT:
-            raise RecipeError(f'expected "format": "{FORMAT}", got {data.get("format")!r}')
-        if unknown := sorted(str(key) for key in data.keys() - _KEYS):
-            raise RecipeError(f"expected only the keys {sorted(_KEYS)}, got {unknown[0]!r}")
-        if data.get("version") != VERSION or isinstance(data["version"], bool):
-            raise RecipeError(f'expected "version": {VERSION}, got {data.get("version")!r}')
+        data = checked_header(data, FORMAT, VERSION, _KEYS, RecipeError)
         if "kv_source_layers" not in data:
             raise RecipeError('expected the key "kv_source_layers", got none')
         if not isinstance(data.get("provenance", {}), dict):
@@ -262,12 +266,7 @@ class CacheRecipe:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CacheRecipe:
         """Read a `recipe.json`; the error names the file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"expected a recipe file at {path}, got {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{path}: expected a recipe in JSON, got {error or 'too deep a nesting'}") from error
+        data = read_json(path, "recipe", RecipeError)
         try:
             return cls.from_dict(data)
         except (RecipeError, PlanError) as error:

@@ -31,11 +31,7 @@ class ReferenceRecipeCache(Cache):
         super().__init__(layers=[DynamicLayer() for _ in kinds])
         self.recipe = recipe
         self.sources = recipe.plan.kv_source_layers
-        self.compressed = [
-            leader
-            for leader, bits in recipe.bits.items()
-            if kinds[leader].window is None and (recipe.tokens is not None or bits != (16, 16))
-        ]
+        self.compressed = recipe.compressed(kinds)
         self.kept: dict[int, torch.Tensor] = {}
         """By leader, `[batch, kv_heads, tokens]`: not evicted."""
         self.packed: dict[int, int] = {}

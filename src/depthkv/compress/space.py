@@ -234,8 +234,7 @@ class Space:
     def _lengthwise(self, recipe: CacheRecipe, kind: LayerKind, bits: tuple[Bits, Bits]) -> np.ndarray:
         key = (recipe.tokens, recipe.group_size, recipe.rule_name, kind, bits)
         if key not in self._sizes:
-            ends = {self.context, min(self.context, recipe.tokens or self.context)}
-            lengths = sorted({n for end in ends for n in range(max(1, end - recipe.group_size + 1), end + 1)})
+            lengths = recipe.largest_lengths(self.context)
             sizes = [recipe.layer_bytes(kind, bits, self.dtype, tokens) for tokens in lengths]
             self._sizes[key] = np.array(sizes, dtype=np.int64)
         return self._sizes[key]
