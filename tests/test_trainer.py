@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from depthkv import RandomCrossLayer, SharingPlan, route
@@ -198,6 +199,26 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for name, value in weights(checkpointed).items():
         torch.testing.assert_close(value, weights(plain)[name])
     assert not checkpointed.model.layers[0].gradient_checkpointing
+
+
+# torch's compiler looks at .grad of any tensor, and keeps its own warning from those who don't make errors of them
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("adapter", [False, True])
+def test_compiled_pieces_train_the_same(adapter: bool) -> None:
+    plain, compiled = make_model(num_hidden_layers=8), make_model(num_hidden_layers=8)
+    if adapter:
+        torch.manual_seed(0)
+        plain = add_adapter(plain, LoraSettings(rank=2, alpha=4))
+        torch.manual_seed(0)
+        compiled = add_adapter(compiled, LoraSettings(rank=2, alpha=4))
+    train(plain, make_config())
+    before = counters["stats"]["unique_graphs"]
+    train(compiled, make_config(compile=True))
+    graphs = counters["stats"]["unique_graphs"] - before
+    assert 2 <= graphs <= 5  # of 16 norms and 8 MLPs: each with and without gradients, and the first norm
+    for name, value in weights(compiled).items():
+        torch.testing.assert_close(value, weights(plain)[name])
+    assert all(module._compiled_call_impl is None for module in compiled.modules())
 
 
 def test_examples_of_different_lengths() -> None:

@@ -71,6 +71,8 @@ class AdaptConfig:
     the processor has instructions for it."""
     gradient_checkpointing: bool = False
     """Keep only the layers' inputs for the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the layers' norms and MLPs with `torch.compile`: a slow start, then faster steps on a GPU."""
     independent_maps: bool = False
     """In a distributed run each process draws routing maps of its own instead of the same ones."""
     save_every_minutes: float = 10.0

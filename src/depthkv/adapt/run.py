@@ -7,8 +7,8 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from depthkv.adapt.checkpoints import check_settings, newest_whole
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.cpu_attention import FasterCpuAttention
 from depthkv.adapt.loss import Batch
+from depthkv.adapt.modes import checkpointed, compiled, training_mode
 from depthkv.adapt.objectives import LanguageModelLoss, Objective
 from depthkv.adapt.terminal import StepInfo, deferred_interrupt, training_bar
 from depthkv.adapt.trainer import RoutingTrainer
@@ -118,8 +119,9 @@ def adapt(
     with ExitStack() as stack:
         directory = resume_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="depthkv-"))
         arguments = _arguments(config, str(directory), next(iter(trained.values())).device)
-        stack.enter_context(_training_mode(model, trained))
-        stack.enter_context(_checkpointed(model, config.gradient_checkpointing))
+        stack.enter_context(training_mode(model, trained))
+        stack.enter_context(checkpointed(model, config.gradient_checkpointing))
+        stack.enter_context(compiled(decoder, config.compile))
         if not config.gradient_checkpointing:  # a layer that is recomputed in backward would not find the mode again
             stack.enter_context(FasterCpuAttention())
         gpus = [arguments.device] if arguments.device.type == "cuda" else []
@@ -406,35 +408,3 @@ def _settings(
         digest.update(tensor.contiguous().numpy().tobytes())
     settings["data"] = digest.hexdigest()[:16]
     return settings
-
-
-@contextmanager
-def _training_mode(model: nn.Module, trained: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Training mode, with gradients for the trained weights only; both as before on exit."""
-    was_training = model.training
-    frozen = {id(parameter) for parameter in trained.values()}
-    switched = [p for p in model.parameters() if p.requires_grad and id(p) not in frozen]
-    for parameter in switched:
-        parameter.requires_grad_(False)
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-        model.zero_grad(set_to_none=True)
-        for parameter in switched:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _checkpointed(model: Any, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing of the kind that sharing allows."""
-    if not enabled:
-        with nullcontext():
-            yield
-        return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()

@@ -122,6 +122,9 @@ def adapt_command(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
     ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile norms and MLPs: a slow start, then faster on a GPU.")
+    ] = False,
     eval_every: Annotated[
         int | None, option("--eval-every", count, "N", "Measure every N steps, and keep the best state.")
     ] = None,
@@ -193,6 +196,7 @@ def adapt_command(
         trainable="all" if from_config_ else _DEFAULT.trainable if is_adapter else trainable,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        compile=compile_,
         independent_maps=independent_maps,
         eval_every=eval_every,
         early_stop=early_stop,
