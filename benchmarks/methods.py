@@ -14,14 +14,14 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from depthkv import RandomCrossLayer, SharingPlan, load
-from depthkv.adapt import AdaptConfig, adapt
+from depthkv.adapt import AdaptConfig, AdaptResult, StepInfo, adapt
 from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.adapt.local import LocalConfig, fit_followers
 from depthkv.adapt.objectives import AttentionMatching, Distillation
@@ -100,8 +100,16 @@ def distilled(weight: float, temperature: float = 1.0) -> Callable[[Any], Any]:
 LORA = LoraSettings(rank=16, alpha=32)
 METHODS: dict[str, Method] = {
     "base": Method(sampler=lambda seed, prob: FullCache()),
-    "cla@2": Method(sampler=lambda seed, prob: CrossLayerAttention(group_size=2)),
-    "rd-cla@2": Method(sampler=lambda seed, prob: RandomGroupAttention(group_size=2, cross_layer_prob=0.5, seed=seed)),
+    **{
+        f"cla@{size}": Method(sampler=lambda seed, prob, size=size: CrossLayerAttention(group_size=size))
+        for size in (2, 4)
+    },
+    **{
+        f"rd-cla@{size}": Method(
+            sampler=lambda seed, prob, size=size: RandomGroupAttention(group_size=size, cross_layer_prob=0.5, seed=seed)
+        )
+        for size in (2, 4)
+    },
     "r-cla": Method(sampler=r_cla),
     # data.md's first trial, the recipe that others are compared with
     "r-cla, plain recipe": Method(
@@ -169,6 +177,38 @@ METHODS: dict[str, Method] = {
 }
 
 
+def train_method(
+    model: Any,
+    blocks: torch.Tensor,
+    method: Method,
+    settings: dict[str, Any],
+    prob: float | None = None,
+    *,
+    base_learning_rate: float,
+    on_step: Callable[[StepInfo], None] | None = None,
+) -> tuple[Any, AdaptResult, AdaptConfig, int]:
+    """Train by a method within `settings`, of `AdaptConfig`, whose budget is in tokens.
+
+    Returns:
+        (model, perhaps with an adapter, result and recipe of the last stage, tokens of the stages before it)
+    """
+    config, spent, tokens = AdaptConfig(**settings), 0, settings["max_tokens"]
+    sampler = method.sampler(config.seed, prob or method.prob)
+    given: dict[str, Any] = {"progress": False, "on_step": on_step}
+    if method.base_fraction:
+        first = replace(config, max_tokens=round(method.base_fraction * tokens), learning_rate=base_learning_rate)
+        spent = adapt(model, blocks, first, sampler=FullCache(), **given).tokens
+    if method.local_fraction:
+        steps = round(method.local_fraction * tokens / (2 * config.block_size))
+        bf16 = config.uses_bf16(next(model.parameters()).device)
+        spent = fit_followers(model, blocks, sampler, LocalConfig(steps=steps), bf16=bf16).tokens
+    config = replace(config, max_tokens=tokens - spent)
+    if method.lora is not None:
+        model = add_adapter(model, method.lora)
+    objective = method.objective(model) if method.objective is not None else None
+    return model, adapt(model, blocks, config, sampler=sampler, objective=objective, **given), config, spent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="builtin:smollm2-135m")
@@ -219,23 +259,10 @@ def main() -> None:
             torch.manual_seed(seed)
             model: Any = copy.deepcopy(base)
             settings = {"max_tokens": args.tokens, "seed": seed, "block_size": args.block_size, **method.recipe}
-            config = AdaptConfig(**{**settings, **changes})
-            sampler = method.sampler(seed, args.prob or method.prob)
-            started, spent = time.perf_counter(), 0
-            if method.base_fraction:
-                first = {**settings, **changes, "max_tokens": round(method.base_fraction * args.tokens)}
-                first["learning_rate"] = args.base_learning_rate
-                spent = adapt(model, train, AdaptConfig(**first), sampler=FullCache(), progress=False).tokens
-                config = AdaptConfig(**{**settings, **changes, "max_tokens": args.tokens - spent})
-            if method.local_fraction:
-                steps = round(method.local_fraction * args.tokens / (2 * args.block_size))
-                local = fit_followers(model, train, sampler, LocalConfig(steps=steps), bf16=bf16)
-                spent = local.tokens
-                config = AdaptConfig(**{**settings, **changes, "max_tokens": args.tokens - spent})
-            if method.lora is not None:
-                model = add_adapter(model, method.lora)
-            objective = method.objective(model) if method.objective is not None else None
-            result = adapt(model, train, config, sampler=sampler, objective=objective, progress=False)
+            started = time.perf_counter()
+            model, result, config, spent = train_method(
+                model, train, method, {**settings, **changes}, args.prob, base_learning_rate=args.base_learning_rate
+            )
             write(
                 {
                     "method": name,

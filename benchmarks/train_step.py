@@ -24,8 +24,10 @@ from depthkv import RandomCrossLayer, load, route
 from depthkv.adapt.config import has_fast_bf16
 from depthkv.adapt.cpu_attention import FasterCpuAttention
 from depthkv.adapt.loss import LossFunction
+from depthkv.adapt.modes import compiled
 from depthkv.adapt.objectives import Distillation, LanguageModelLoss, Objective
 from depthkv.adapt.teacher import FrozenTeacher
+from depthkv.decoder import find_decoder
 
 
 def reset_peak(device: torch.device) -> None:
@@ -80,6 +82,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=512)
     parser.add_argument("--cross-layer-prob", type=float, default=0.6)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--compile", action="store_true", help="also routed with compiled norms and MLPs")
     args = parser.parse_args()
 
     if args.shape:
@@ -98,6 +101,8 @@ def main() -> None:
         "routed": LanguageModelLoss(),
         "distilled": distillation,  # routed, too
     }
+    if args.compile:
+        arms["compiled"] = LanguageModelLoss()  # routed, too
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     peaks: dict[str, list[int]] = {arm: [] for arm in arms}
     names = list(arms)
@@ -106,11 +111,12 @@ def main() -> None:
             shape = (args.batch_size, args.block_size)
             tokens = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
             # whichever comes first could be at an advantage, so they take turns
-            for arm in names[step % 3 :] + names[: step % 3]:
+            for arm in names[step % len(names) :] + names[: step % len(names)]:
                 reset_peak(device)
                 with (
                     arms[arm].bound(model, torch.bfloat16 if bf16 else torch.float32) as loss_function,
                     nullcontext() if arm == "ordinary" else route(model, sampler, step=step),
+                    compiled(find_decoder(model), arm == "compiled"),
                 ):
                     elapsed = train_step(model, loss_function, optimizer, tokens, bf16)
                 if step > 0:  # the first round warms up
