@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import joint_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -347,73 +348,6 @@ HEADS = (("heads", "adapt", heads), ("heads-scratch", "scratch", heads_scratch))
 """Name, kind of run in heads.jsonl, and table."""
 
 
-def joint_runs() -> dict[tuple[str, tuple[str, ...], float], dict[str, Any]]:
-    """Lines of benchmarks/joint.py by label, axes and size, the full cache with no axes; of several the last."""
-    return {(line["label"], tuple(line["axes"]), line["factor"]): line for line in read("joint.jsonl")}
-
-
-def joint_name(axes: tuple[str, ...]) -> str:
-    """Of a row."""
-    return f"{axes[0]} alone" if len(axes) == 1 else "all three" if len(axes) == 3 else " and ".join(axes)
-
-
-def joint() -> str:
-    """Excess held-out loss of each subset of the axes at each size, and that of all three by the best single one's."""
-    runs = joint_runs()
-    factors = sorted({factor for _, axes, factor in runs if axes})
-    rows = []
-    for label in dict.fromkeys(label for label, _, _ in runs):
-        subsets = list(dict.fromkeys(axes for other, axes, _ in runs if other == label and axes))
-        for axes in subsets:
-            found = [runs.get((label, axes, factor)) for factor in factors]
-            cells = [_joint_cell(line) if line is not None and line["recipe"] is not None else "-" for line in found]
-            rows.append([label, joint_name(axes), *cells])
-        shares = []
-        for factor in factors:
-            own, singles = runs.get((label, ("depth", "bits", "tokens"), factor)), []
-            for axes in subsets:
-                line = runs.get((label, axes, factor))
-                if len(axes) == 1 and line is not None and line["recipe"] is not None:
-                    singles.append(line["loss"]["difference"])
-            shares.append(f"{own['loss']['difference'] / min(singles):.0%}" if own and singles else "")
-        rows.append([label, "all three, of the best single", *shares])
-    return table(["model", "saved on", *(f"{factor:g}x smaller" for factor in factors)], rows)
-
-
-def _joint_cell(line: dict[str, Any]) -> str:
-    loss = line["loss"]
-    cell = f"{loss['difference']:+.3f}"
-    if loss["difference_low"] is not None:
-        cell += f" ({loss['difference_low']:+.3f} to {loss['difference_high']:+.3f})"
-    for name, words in (("f1", "F1"), ("retrieval", "needles")):
-        if name in line:
-            cell += f"; {words} {line[name]['value']:.0f} %"
-    return cell
-
-
-def joint_recipes() -> str:
-    """What the planner chose with all three axes, and how well it was predicted."""
-    rows = []
-    for (label, axes, _), line in joint_runs().items():
-        if len(axes) != 3 or line["recipe"] is None:
-            continue
-        recipe, predicted = line["recipe"], line["prediction"]
-        sources = recipe["kv_source_layers"]
-        kept = sum(source == layer for layer, source in enumerate(sources))
-        bits = []
-        for name in ("key_bits", "value_bits"):
-            widths = sorted(set(recipe[name]) if isinstance(recipe[name], list) else {recipe[name]}, key=str)
-            bits.append("-".join(map(str, widths)))
-        tokens = "all" if recipe["tokens"] is None else f"{recipe['tokens']:,} by {recipe['rule']}"
-        error = predicted["mean_absolute_error"]
-        cells = [label, f"{line['full_bytes'] / line['bytes']:.1f}x", f"{kept} of {len(sources)}", " / ".join(bits)]
-        cells += [tokens, f"{line['train_excess']:+.3f}", f"{line['loss']['difference']:+.3f}"]
-        cells.append("" if error is None else f"{error:.3f} ({predicted['recipes']})")
-        rows.append(cells)
-    headings = ["model", "smaller", "layers", "bits of keys / values", "tokens", "where it was chosen", "held out"]
-    return table([*headings, "predictions off by (recipes)"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "comparison": comparison,
     "comparison-texts": comparison_texts,
@@ -427,19 +361,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "adaptive-sorts": adaptive_sorts,
     "elastic": elastic,
     "router-cost": router_cost,
-    "joint": joint,
     "recipes-speed": recipes_speed,
-    "joint-recipes": joint_recipes,
 }
 
 
-def gpu(made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]]) -> str:
-    """One of gpu_tables.py."""
-    return table(*made(read("gpu.jsonl")))
+def of_lines(name: str, made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]]) -> str:
+    """A table of one of the modules beside this one, from a file of raw lines."""
+    return table(*made(read(name)))
 
 
-TABLES |= {name: functools.partial(gpu, made) for name, made in gpu_tables.TABLES.items()}
-README_TABLES = {name: functools.partial(gpu, made) for name, made in gpu_tables.README_TABLES.items()}
+TABLES |= {name: functools.partial(of_lines, "gpu.jsonl", made) for name, made in gpu_tables.TABLES.items()}
+TABLES |= {name: functools.partial(of_lines, "joint.jsonl", made) for name, made in joint_tables.JOINT_TABLES.items()}
+README_TABLES = {n: functools.partial(of_lines, "gpu.jsonl", made) for n, made in gpu_tables.README_TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():
     runs = {run["run"] for run in read("heads.jsonl")}

@@ -22,6 +22,7 @@ from depthkv import RandomCrossLayer, SharingPlan, route
 from depthkv.adapt import RoutingCallback, RoutingTrainer, adapt
 from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.adapt.objectives import Distillation
+from depthkv.adapt.run import require_trainers_device
 from depthkv.adapt.teacher import FrozenTeacher
 from depthkv.errors import CheckpointError, DepthKVError
 from depthkv.samplers import LeaderSubset
@@ -199,6 +200,12 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     for name, value in weights(checkpointed).items():
         torch.testing.assert_close(value, weights(plain)[name])
     assert not checkpointed.model.layers[0].gradient_checkpointing
+
+
+def test_a_model_on_a_gpu_that_the_trainer_does_not_use() -> None:
+    require_trainers_device(torch.device("cuda:0"), torch.device("cuda:0"))
+    with pytest.raises(DepthKVError, match=r"expected the model on cuda:0.*got cuda:1; CUDA_VISIBLE_DEVICES=1"):
+        require_trainers_device(torch.device("cuda:1"), torch.device("cuda:0"))
 
 
 # torch's compiler looks at .grad of any tensor, and keeps its own warning from those who don't make errors of them

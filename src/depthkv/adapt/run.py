@@ -212,9 +212,20 @@ def _arguments(config: AdaptConfig, directory: str, device: torch.device) -> Tra
         **{"save_strategy": "no", **measured},
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
+    if arguments.world_size == 1:
+        require_trainers_device(device, arguments.device)
     if config.max_tokens is not None:
         arguments.max_steps = math.ceil(config.max_tokens / (config.tokens_per_step * arguments.world_size))
     return arguments
+
+
+def require_trainers_device(device: torch.device, trainers: torch.device) -> None:
+    """Refuse a model that the Trainer would move to another GPU."""
+    if device.type == "cuda" and device != trainers:
+        raise DepthKVError(
+            f"expected the model on {trainers}, where the Trainer trains, got {device}; "
+            f"CUDA_VISIBLE_DEVICES={device.index} makes it the only GPU"
+        )
 
 
 class _Run(TrainerCallback):  # type: ignore[misc, unused-ignore]
