@@ -400,6 +400,18 @@ def test_recipe_has_the_documented_keys(here: Path) -> None:
     assert found | {"measured[]", "comparison[]"} == documented("recipe")
 
 
+def test_recipe_by_hand_has_the_documented_keys(here: Path) -> None:
+    assert main(shlex.split("recipe adapted --bits 4 --out r.json --json f.json")) == 0
+    found = keys_of(json.loads(Path("f.json").read_text()), whole=("cache_recipe",))
+    assert found == documented("recipe by hand")
+
+
+def test_inspect_has_the_documented_keys(here: Path) -> None:
+    assert main(shlex.split("inspect adapted --memory 1GiB --json f.json")) == 0
+    found = keys_of(json.loads(Path("f.json").read_text()), whole=("plans[].cache_recipe",))
+    assert found | {"groups[]", "plans[]"} == documented("inspect")
+
+
 def test_router_has_the_documented_keys(here: Path) -> None:
     command = "router adapted --data my-text --retention .5 --out r.safetensors --json r.json"
     assert main(quick(shlex.split(command))) == 0
