@@ -111,7 +111,7 @@ def train(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """A routed training step against an ordinary one."""
     lines = []
     for row in last(rows, "train", "model", "device", "batch_size", "block_size").values():
-        for arm in ("ordinary", "routed", "distilled"):
+        for arm in (arm for arm in ("ordinary", "routed", "distilled", "compiled") if arm in row):
             line = [row["model"], f"{row['batch_size']} x {row['block_size']:,}", arm]
             line += [f"{row[arm]['median_s'] * 1000:.0f} ms", gib(row[arm]["peak_bytes"])]
             for what in ("time", "memory"):

@@ -114,7 +114,8 @@ def arm(args: argparse.Namespace) -> None:
     model, result, config, spent = train_method(
         model, train, method, settings, base_learning_rate=FULL_RATE, on_step=tell
     )
-    row = {
+    row: dict[str, Any] = {
+        "run": "scale",
         "method": args.name,
         "tokens": result.tokens + spent,
         "train_tokens": train.numel(),

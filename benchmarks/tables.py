@@ -18,6 +18,7 @@ from typing import Any
 
 import gpu_tables
 import joint_tables
+import scale_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -372,6 +373,8 @@ def of_lines(name: str, made: Callable[[list[dict[str, Any]]], tuple[list[str], 
 
 TABLES |= {name: functools.partial(of_lines, "gpu.jsonl", made) for name, made in gpu_tables.TABLES.items()}
 TABLES |= {name: functools.partial(of_lines, "joint.jsonl", made) for name, made in joint_tables.JOINT_TABLES.items()}
+TABLES |= {n: functools.partial(of_lines, "scale.jsonl", made) for n, made in scale_tables.TABLES.items()}
+TABLES["scale-train"] = functools.partial(of_lines, "scale.jsonl", gpu_tables.train)
 README_TABLES = {n: functools.partial(of_lines, "gpu.jsonl", made) for n, made in gpu_tables.README_TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():
