@@ -18,17 +18,16 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from depthkv.adaptive import AdaptiveModel, Router
+from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.ladder import Sources
 from depthkv.decoder import find_decoder
-from depthkv.errors import CheckpointError, DepthKVError
+from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
 from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
 from depthkv.serve.metrics import Metrics
-from depthkv.serve.ragged import SequenceCache, joint_step
+from depthkv.serve.ragged import RaggedModel, SequenceCache, joint_step
 from depthkv.serve.text import Codec, Writer
-from depthkv.sharing import share
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,8 @@ class EngineSettings:
 class Progress:
     """What a request's listener gets after each token, and once at the end."""
 
+    token: int
+    """The one just written."""
     text: str
     """New text; may be empty."""
     num_tokens: int
@@ -105,10 +106,6 @@ class Request:
     def most_cached(self) -> int:
         """Tokens in the cache at the end: the last one is never read."""
         return len(self.prompt) + self.max_tokens - 1
-
-
-class QueueFullError(DepthKVError):
-    """As many requests wait as may."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -162,7 +159,7 @@ class Engine:
         self.metrics.budget_bytes.set(self.settings.kv_budget or 0)
         self._ends = _end_tokens(self.model, tokenizer)
         self._router = RequestRouter(self.depths, router)
-        self._handle: AdaptiveModel = share(self.model, self._router)
+        self._handle = RaggedModel.of(self.model, self._router)
         self._waiting: deque[Request] = deque()
         self._running: list[_Running] = []
         self._changed = threading.Condition()
@@ -181,6 +178,11 @@ class Engine:
     def num_layers(self) -> int:
         """Of the model."""
         return len(self.kinds)
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether requests may ask for `ADAPTIVE`."""
+        return self._router.chooser is not None
 
     @property
     def is_alive(self) -> bool:
@@ -216,14 +218,14 @@ class Engine:
 
         Raises:
             DepthKVError: what `check` refuses.
-            QueueFullError: too many wait already.
+            ServerBusyError: too many wait already.
         """
         self.check(request)
         with self._changed:
             if self._is_stopping:
-                raise QueueFullError("expected a running server, got one that is stopping")
+                raise ServerBusyError("expected a running server, got one that is stopping")
             if len(self._waiting) >= self.settings.max_queue:
-                raise QueueFullError(f"expected at most {self.settings.max_queue} waiting requests, got one more")
+                raise ServerBusyError(f"expected at most {self.settings.max_queue} waiting requests, got one more")
             self._waiting.append(request)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
@@ -240,27 +242,38 @@ class Engine:
             self._is_stopping = True
             self._changed.notify()
         self._thread.join()
-        for request in [*self._waiting, *(running.request for running in self._running)]:
-            request.listener(Failure(status=503, message="expected a running server, got one that is stopping"))
-        self._waiting.clear()
-        self._running.clear()
-        self._count()
+        self._fail_all()
         self._handle.remove()
 
     # The thread
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._wait_for_work():
+                self._drop()
+                self._admit()
+                if self._running:
+                    self._decode()
+                self._count()
+        except BaseException:  # a mistake of this file: nobody may wait for ever
+            log.exception("the engine ended")
             with self._changed:
-                while not (self._waiting or self._running or self._is_stopping):
-                    self._changed.wait()
-                if self._is_stopping:
-                    return
-            self._drop()
-            self._admit()
-            if self._running:
-                self._decode()
-            self._count()
+                self._is_stopping = True
+            self._fail_all()
+            raise
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._waiting or self._running or self._is_stopping):
+                self._changed.wait()
+            return not self._is_stopping
+
+    def _fail_all(self) -> None:
+        for request in [*self._waiting, *(running.request for running in self._running)]:
+            self._fail(request, Failure(status=503, message="expected a running server, got one that is stopping"))
+        self._waiting.clear()
+        self._running.clear()
+        self._count()
 
     def _drop(self) -> None:
         """Forget who left, fail who took too long."""
@@ -334,9 +347,8 @@ class Engine:
         self.metrics.prompt_tokens.inc(len(request.prompt))
         self.metrics.ttft.observe(time.monotonic() - request.arrived)
         self._running.append(running)
-        self.metrics.runs(len(self._running))
+        self._count()
         self._write([running], logits)
-        self.metrics.holds(sum(r.cache.num_bytes for r in [*self._running]))
 
     @torch.no_grad()
     def _prefill(self, prompt: Sequence[int]) -> tuple[torch.Tensor, SequenceCache]:
@@ -362,7 +374,7 @@ class Engine:
             for r in running:
                 self._fail(r.request, Failure(status=500, message="expected an answer, got an internal error"))
             return
-        self.metrics.holds(sum(r.cache.num_bytes for r in running))
+        self._count()
         self._write(running, logits)
 
     def _apply(self, needs: Sequence[Need]) -> None:
@@ -397,6 +409,7 @@ class Engine:
             self._tell(
                 request,
                 Progress(
+                    token=running.token,
                     text=text,
                     num_tokens=running.num_tokens,
                     cache_bytes=running.cache.num_bytes,
@@ -446,6 +459,7 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, random: torch
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Those of `generate()`, or the tokenizer's where there are none."""
     ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-    return frozenset(token for token in [*ends, tokenizer.eos_token_id] if token is not None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])

@@ -13,9 +13,15 @@ from typing import Any
 import torch
 from transformers import Cache
 
+from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.cache import GroupedLayer, Pair
 from depthkv.adaptive.ladder import Sources
+from depthkv.adaptive.model import AdaptiveModel
+from depthkv.adaptive.router import Router
+from depthkv.adaptive.steps import TokenStep
 from depthkv.architectures import LayerKind
+from depthkv.decoder import find_decoder
+from depthkv.patches import adapter_switch
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,26 +98,74 @@ class RaggedLayer(GroupedLayer):
     def get_max_length(self) -> int:
         return -1
 
-    def store(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
-        """Add the batch's new pair to the sequences that lead here; returns theirs, filled up on the left."""
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Give those that lead here their own of the batch's new pair, `[batch, kv_heads, 1, head_dim]`."""
+        for row in self.rows:
+            keys, values = self.sequences[row].pairs[self.layer]
+            keys = torch.cat([keys, key_states[row : row + 1]], dim=2)
+            self.sequences[row].pairs[self.layer] = (keys, torch.cat([values, value_states[row : row + 1]], dim=2))
+
+    def joined(self) -> Pair:
+        """What the layer reads: each sequence's pair of its own source, filled up on the left."""
+        pairs = [sequence.pairs[source] for sequence, source in zip(self.sequences, self.sources, strict=True)]
+        if len(pairs) == 1:
+            return pairs[0]
         width, _ = self.get_mask_sizes(1)
-        rows = self.rows
-        joined = [
-            new.new_empty(len(rows), new.shape[1], width, new.shape[3]) for new in (key_states, value_states)
-        ]
-        for place, row in enumerate(rows):
-            sequence = self.sequences[row]
-            grown = []
-            for whole, old, new in zip(joined, sequence.pairs[self.layer], (key_states, value_states), strict=True):
-                both = torch.cat([old, new[row : row + 1]], dim=2)
-                start = width - both.shape[2]
-                whole[place, :, :start] = 0  # is masked, but must be a number
-                whole[place, :, start:] = both[0]
-                if self._window is not None and both.shape[2] >= self._window:
-                    both = both[:, :, both.shape[2] - self._window + 1 :].clone()
-                grown.append(both)
-            sequence.pairs[self.layer] = (grown[0], grown[1])
-        return joined[0], joined[1]
+        sides = []
+        for side in (0, 1):
+            first = pairs[0][side]
+            whole = first.new_empty(len(pairs), first.shape[1], width, first.shape[3])
+            for row, pair in enumerate(pairs):
+                start = width - pair[side].shape[2]
+                whole[row, :, :start] = 0  # masked, but must be a number
+                whole[row, :, start:] = pair[side][0]
+            sides.append(whole)
+        return sides[0], sides[1]
+
+    def advance(self, num_tokens: int) -> None:
+        """The step is over: of a windowed layer what the next token will not see goes."""
+        super().advance(num_tokens)
+        if self._window is None:
+            return
+        for row in self.rows:
+            keys, values = self.sequences[row].pairs[self.layer]
+            if (extra := keys.shape[2] - self._window + 1) > 0:
+                self.sequences[row].pairs[self.layer] = (keys[:, :, extra:].clone(), values[:, :, extra:].clone())
+
+
+class RaggedStep(TokenStep):
+    """What the layers share in such a step. A joined pair lives until its last reader."""
+
+    layers: Sequence[RaggedLayer]
+
+    def __init__(self, layers: Sequence[RaggedLayer]) -> None:
+        super().__init__(layers)
+        self._joined: dict[tuple[int, ...], Pair] = {}
+        self._last = {tuple(layer.sources): layer.layer for layer in layers}
+
+    def pair(self, layer: int, keys: torch.Tensor, values: torch.Tensor, args: Any, kwargs: Any) -> Pair:
+        """The pairs that the layer reads, each `[batch, kv_heads, tokens, head_dim]`."""
+        entry = self.layers[layer]
+        entry.append(keys, values)
+        read = tuple(entry.sources)
+        if read not in self._joined:
+            self._joined[read] = entry.joined()
+        pair = self._joined[read]
+        if self._last[read] == layer:
+            del self._joined[read]
+        return pair[0].to(keys.device), pair[1].to(values.device)
+
+
+class RaggedModel(AdaptiveModel):
+    """`share(model, router)` for sequences whose caches are `SequenceCache`s."""
+
+    @classmethod
+    def of(cls, model: Any, router: Router) -> RaggedModel:
+        """Share a model; `remove()` restores it."""
+        return cls(find_decoder(model), router, KVBudget(), adapter_switch(model))
+
+    def _token_step(self, layers: list[GroupedLayer]) -> TokenStep:
+        return RaggedStep(layers)  # type: ignore[arg-type,unused-ignore]
 
 
 def joint_step(
@@ -119,7 +173,7 @@ def joint_step(
 ) -> torch.Tensor:
     """Read one more token of each sequence; returns the logits `[sequences, vocabulary]`.
 
-    `model` is under `share(model, router)`.
+    `model` is under a `RaggedModel`.
     """
     widest = max(sequence.num_tokens for sequence in sequences)
     lengths = torch.tensor([sequence.num_tokens for sequence in sequences])

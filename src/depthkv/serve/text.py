@@ -23,6 +23,11 @@ class Codec:
         # a fast tokenizer must not be changed by one thread, as encoding does, while another one reads it
         self._decoder = copy.deepcopy(tokenizer)
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self._tokenizer.chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text to be continued."""
         with self._lock:
