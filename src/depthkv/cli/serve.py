@@ -106,7 +106,10 @@ def serve_command(
         )
         show(f"running: {shlex.join(line)}")
         key = {} if api_key is None else {"VLLM_API_KEY": api_key}
-        raise typer.Exit(subprocess.run(line, env=os.environ | key, check=False).returncode)
+        try:
+            raise typer.Exit(subprocess.run(line, env=os.environ | key, check=False).returncode)
+        except FileNotFoundError as problem:
+            raise DepthKVError("expected the program vllm in PATH, got none") from problem
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise DepthKVError(
             f'expected the embedded server\'s packages (pip install "depthkv[serve]"), got no {missing[0]}'
@@ -115,43 +118,43 @@ def serve_command(
     from depthkv.serve.engine import Engine, EngineSettings
     from depthkv.serve.run import LOOPBACK, allowed_hosts, bind, serve
 
-    listening = bind(host, port)
-    config, kinds = inputs.read_config(model)
-    given = None if plan is None else inputs.read_plan(plan, kinds)
-    chooser = None if router is None else load_router(router, kinds)
-    positions = max_positions(config)
-    if max_context is not None:
-        inputs.require_positions(config, max_context, "--max-context")
-    settings = EngineSettings(
-        kv_budget=budget,
-        max_sequences=max_sequences,
-        max_queue=max_queue,
-        max_context=max_context or min(positions or _LONGEST, _LONGEST),
-        timeout_s=timeout,
-    )
-    with waiting(f"loading {model}"):
-        loaded, tokenizer, own_plan = load(model, dtype=dtype, device=device, progress=show)
-        with naming(model):
-            made = Engine(
-                loaded,
-                tokenizer,
-                given or own_plan,
-                settings,
-                min_retention=min_retention,
-                max_retention=1.0 if max_retention is None else max_retention,
-                router=chooser,
-            )
-    app = create_app(made, name=name, api_key=api_key, max_tokens=max_tokens, max_body=body, hosts=allowed_hosts(host))
-    if api_key is None and host not in LOOPBACK:
-        show(f"anybody who reaches {host} can use this server: --api-key asks for a key")
-    address = f"[{host}]" if ":" in host else host
-    depths = made.depths
-    show(
-        f"{name} at http://{address}:{listening.getsockname()[1]}/v1, {depths.default:.0%} of the layers keep a cache "
-        f"({depths.min_retention:.0%} to {depths.max_retention:.0%}), "
-        f"{'no budget' if budget is None else format_bytes(budget)}; a page to try it is at /"
-    )
-    serve(app, listening, drain)
+    with bind(host, port) as listening:
+        config, kinds = inputs.read_config(model)
+        given = None if plan is None else inputs.read_plan(plan, kinds)
+        chooser = None if router is None else load_router(router, kinds)
+        positions = max_positions(config)
+        if max_context is not None:
+            inputs.require_positions(config, max_context, "--max-context")
+        settings = EngineSettings(
+            kv_budget=budget,
+            max_sequences=max_sequences,
+            max_queue=max_queue,
+            max_context=max_context or min(positions or _LONGEST, _LONGEST),
+            timeout_s=timeout,
+        )
+        with waiting(f"loading {model}"):
+            loaded, tokenizer, own_plan = load(model, dtype=dtype, device=device, progress=show)
+            with naming(model):
+                made = Engine(
+                    loaded,
+                    tokenizer,
+                    given or own_plan,
+                    settings,
+                    min_retention=min_retention,
+                    max_retention=1.0 if max_retention is None else max_retention,
+                    router=chooser,
+                )
+        hosts = allowed_hosts(host)
+        app = create_app(made, name=name, api_key=api_key, max_tokens=max_tokens, max_body=body, hosts=hosts)
+        if api_key is None and host not in LOOPBACK:
+            show(f"anybody who reaches {host} can use this server: --api-key asks for a key")
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        depths, limit = made.depths, "no budget" if budget is None else format_bytes(budget)
+        show(
+            f"{name} at {address}/v1, {depths.default:.0%} of the layers keep a cache "
+            f"({depths.min_retention:.0%} to {depths.max_retention:.0%}), {limit}; a page to try it is at /"
+        )
+        serve(app, listening, drain)
 
 
 def _uses_vllm(engine: str, model: str, own: Mapping[str, object]) -> bool:
