@@ -56,7 +56,7 @@ function show() {
     : `${layers} of ${card.num_layers} (${Math.round((100 * layers) / card.num_layers)} %)`;
 }
 
-// The server's bounds are shares, and a share such as 8 of 30 may lie below 0.25 + a rounding error or above it
+// 15 of 30 is 0.5 exactly, but a third of the layers is no number that both sides round alike
 function retention() {
   if (at("adaptive").checked) return "adaptive";
   const share = Number(at("retention").value) / card.num_layers;
@@ -80,7 +80,7 @@ class Panel {
   add(piece) {
     const choice = piece.choices[0];
     const text = choice.delta ? choice.delta.content || "" : choice.text;
-    this.part("text").append(text);
+    this.part("text").append(this.part("text").textContent ? text : text.trimStart());
     this.part("text").scrollTop = this.part("text").scrollHeight;
     const now = performance.now();
     this.started ??= now;
@@ -145,6 +145,7 @@ async function run() {
   at("run").disabled = true;
   at("stop").disabled = false;
   at("status").textContent = "Writing …";
+  document.querySelector(".answers").scrollIntoView({ block: "nearest" });
   const panels = [new Panel("full"), new Panel("shared")];
   const shares = [card.max_retention, retention()];
   const ends = await Promise.allSettled(panels.map((panel, i) => write(panel, shares[i], running.signal, panels)));
