@@ -4,7 +4,7 @@
     python benchmarks/serve.py load --out docs/raw/serve.jsonl
 
 Needs `pip install openai`. The server runs on core 0 alone, the clients on the others. `load`: a closed loop of
-clients, each request with a prompt of its own; time to first token begins when the client sends, so that waiting counts.
+clients, each request with its own prompt; time to first token begins when the client sends, so that waiting counts.
 The arms differ in the bounds of retention only, and have one budget.
 """
 

@@ -68,7 +68,9 @@ def test_a_damaged_checkpoint_is_not_served(
         assert name in error and "expected" in error and error.count("\n") == 1
 
 
-def test_vllm_is_run_where_it_can_load(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_vllm_is_run_where_it_can_load(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     ran: list[tuple[list[str], dict[str, str]]] = []
 
     def run(line: list[str], env: dict[str, str], check: bool) -> Any:
@@ -76,19 +78,28 @@ def test_vllm_is_run_where_it_can_load(checkpoint: Path, monkeypatch: pytest.Mon
         return subprocess.CompletedProcess(line, 3)
 
     monkeypatch.setattr(vllm, "is_installed", lambda: True)
+    plain = tiny_checkpoint(tmp_path / "plain")
     monkeypatch.setattr(subprocess, "run", run)
     options = ["--kv-budget", "1MiB", "--max-context", "512", "--api-key", "k", "--max-sequences", "8"]
-    assert main(["serve", str(checkpoint), *options]) == 3
+    assert main(["serve", str(plain), *options]) == 3
     ((line, environment),) = ran
-    expected = f"vllm serve {checkpoint} --host 127.0.0.1 --port 8000 --served-model-name tiny --max-num-seqs 8"
+    expected = f"vllm serve {plain} --host 127.0.0.1 --port 8000 --served-model-name plain --max-num-seqs 8"
     assert " ".join(line) == f"{expected} --max-model-len 512 --kv-cache-memory-bytes 1048576"
     assert environment["VLLM_API_KEY"] == "k"
     assert " ".join(line) in capsys.readouterr().err.replace("\n", " ")
-    assert main(["serve", str(checkpoint), "--engine", "vllm", "--min-retention", ".5"]) == 2
-    assert "got --min-retention, which --engine embedded takes" in capsys.readouterr().err
+    for options, message in (
+        (["--min-retention", ".5"], "got --min-retention, which the embedded server takes"),
+        ([], "expected a folder of depthkv export for vLLM"),  # it has a plan, which vLLM would not see
+    ):
+        assert main(["serve", str(checkpoint), "--engine", "vllm", *options]) == 2
+        assert message in capsys.readouterr().err
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "depthkv_llama", "kv_source_layers": [0, 0]}')
+    assert vllm.can_load(str(exported)) and not vllm.can_load("builtin:smollm2-135m")
     # what vLLM cannot do is done here
-    monkeypatch.setattr("depthkv.serve.run.serve", lambda app, listening, drain: listening.close())
-    assert main(["serve", str(checkpoint), "--port", "0", "--min-retention", ".5"]) == 0
+    monkeypatch.setattr("depthkv.serve.run.serve", lambda app, listening, drain: None)
+    assert main(["serve", str(checkpoint), "--port", "0"]) == 0
     assert "the embedded server runs" in capsys.readouterr().err and len(ran) == 1
 
 

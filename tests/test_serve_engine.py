@@ -205,6 +205,38 @@ def test_bounds_of_retention() -> None:
         Depths(kinds, torch.float32, PLAN, 0.75, 0.5)
 
 
+def test_a_plan_whose_other_layers_have_no_weights() -> None:
+    """As exports are: every map keeps to the plan's leaders."""
+    model, (prompt,) = tiny_model(eos_token_id=None), prompts(1)
+    plan = SharingPlan([0, 1, 1, 1])
+    expected = generated(model, plan, prompt, pad_token_id=0)
+    smaller = generated(model, SharingPlan([0, 0, 0, 0]), prompt, pad_token_id=0)
+    for layer in plan.followers:
+        attention = model.model.layers[layer].self_attn
+        attention.k_proj, attention.v_proj = torch.nn.Identity(), torch.nn.Identity()
+    with running(model, endless_tokenizer(), plan) as engine:
+        assert (engine.depths.min_retention, engine.depths.max_retention) == (0.25, 0.5)
+        assert ask(engine, prompt)[1].tokens == expected
+        assert ask(engine, prompt, kv_retention=0.25)[1].tokens == smaller
+    with pytest.raises(DepthKVError, match="weights of 2 layers allow, got 1, with layer 2 among the leaders"):
+        Engine(model, endless_tokenizer(), plan, max_retention=1.0)
+    with pytest.raises(DepthKVError, match="weights of 2 layers allow"):
+        Engine(model, endless_tokenizer())
+
+
+def test_prefill_stops_early_where_no_map_can_lead_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (prompt,) = tiny_model(eos_token_id=None), prompts(1)
+    plan = SharingPlan([0, 1, 1, 1])
+    expected = generated(model, plan, prompt, pad_token_id=0)
+    widths: list[int] = []
+    model.model.layers[3].mlp.register_forward_pre_hook(lambda module, given: widths.append(given[0].shape[1]))
+    for largest, width in ((1.0, len(prompt)), (0.5, 1)):
+        with running(model, endless_tokenizer(), plan, max_retention=largest) as engine:
+            widths.clear()
+            assert ask(engine, prompt)[1].tokens == expected
+            assert widths[0] == width
+
+
 # Leaving, waiting, failing
 
 

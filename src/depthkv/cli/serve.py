@@ -141,7 +141,7 @@ def serve_command(
                     given or own_plan,
                     settings,
                     min_retention=min_retention,
-                    max_retention=1.0 if max_retention is None else max_retention,
+                    max_retention=max_retention,
                     router=chooser,
                 )
         hosts = allowed_hosts(host)
@@ -160,19 +160,17 @@ def serve_command(
 def _uses_vllm(engine: str, model: str, own: Mapping[str, object]) -> bool:
     from depthkv.serve import vllm
 
-    embedded_only = next((option for option, value in own.items() if value is not None), None)
-    if engine == "vllm":
-        if not vllm.is_installed():
-            raise DepthKVError("expected vLLM to be installed for --engine vllm, got none")
-        if embedded_only:
-            raise DepthKVError(
-                f"expected a checkpoint's own plan with vLLM, got --{embedded_only}, which --engine embedded takes"
-            )
+    if engine == "embedded" or (engine == "auto" and not vllm.is_installed()):
+        return False
+    if not vllm.is_installed():
+        raise DepthKVError("expected vLLM to be installed for --engine vllm, got none")
+    option = next((f"--{option}" for option, value in own.items() if value is not None), None)
+    if option is None and vllm.can_load(model):
         return True
-    if engine == "embedded" or not vllm.is_installed():
-        return False
-    if embedded_only or not vllm.can_load(model):
-        why = f"--{embedded_only} is its own" if embedded_only else f"{model} is no folder that vLLM can load"
-        show(f"vLLM is installed, but the embedded server runs: {why}")
-        return False
-    return True
+    why = f"expected a folder of depthkv export for vLLM, got {model}"
+    if option is not None:
+        why = f"expected a checkpoint's own plan for vLLM, got {option}, which the embedded server takes"
+    if engine == "vllm":
+        raise DepthKVError(why)
+    show(f"the embedded server runs, not vLLM: {why}")
+    return False

@@ -10,7 +10,7 @@ import torch
 
 from depthkv.adaptive.budget import map_bytes
 from depthkv.adaptive.ladder import Ladder, Sources
-from depthkv.adaptive.router import Pair, Prompt, Router
+from depthkv.adaptive.router import FixedRouter, Pair, Prompt, Router
 from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
@@ -22,15 +22,19 @@ LEAST_RETENTION = 0.25
 class Depths:
     """The plans of one server.
 
+    Where the largest retention is that of the checkpoint's plan or less, every map keeps to the leaders of that plan:
+    so an export without the other layers' K and V weights is served, and prefill stops early above the last leader.
+
     Args:
         kinds: one for each layer of the model.
         dtype: of keys and values.
         plan: the checkpoint's own; what a request gets that asks for nothing.
         min_retention: least share of layers, whatever is asked for and however short room is; None is the default.
-        max_retention: largest share of layers.
+        max_retention: largest share of layers; None is all that can lead.
+        can_lead: layers that have K and V weights; None is all of them.
 
     Raises:
-        DepthKVError: bounds that contradict each other.
+        DepthKVError: bounds that contradict each other, or a leader that has no K and V weights.
     """
 
     def __init__(
@@ -39,11 +43,16 @@ class Depths:
         dtype: torch.dtype,
         plan: SharingPlan | None = None,
         min_retention: float | None = None,
-        max_retention: float = 1.0,
+        max_retention: float | None = None,
+        can_lead: Sequence[int] | None = None,
     ) -> None:
         self.kinds = tuple(kinds)
         self.dtype = dtype
         self.plan = plan
+        everyone = range(len(self.kinds))
+        can_lead = everyone if can_lead is None else can_lead
+        if max_retention is None:
+            max_retention = 1.0 if len(can_lead) == len(self.kinds) or plan is None else plan.retention
         if min_retention is None:
             min_retention = max_retention if plan is None else min(LEAST_RETENTION, plan.retention, max_retention)
         if min_retention > max_retention:
@@ -55,28 +64,42 @@ class Depths:
         own = max_retention if plan is None else plan.retention
         self.default = min(max(own, min_retention), max_retention)
         """Retention of a request that asks for none."""
+        self.top: Sources = tuple(everyone)
+        """A map that has all leaders of any other map of this server."""
+        if plan is not None and max_retention <= plan.retention:
+            self.top = plan.kv_source_layers
+        if lacking := sorted(set(self.top) - set(can_lead)):
+            raise DepthKVError(
+                f"expected a largest retention that the K and V weights of {len(can_lead)} layers allow, got "
+                f"{max_retention:g}, with layer {lacking[0]} among the leaders, which has none"
+            )
         self.ladder = Ladder(self.kinds) if plan is None else Ladder.of(plan, self.kinds)
         self._fewest = max(math.ceil(min_retention * len(self.kinds) - 1e-9), len(self.ladder.required))
 
     def start(self, retention: float) -> Sources:
         """The map that a request of this retention begins with.
 
-        The checkpoint's own plan, or the one below it that its planner measured, where they have about as many leaders;
-        otherwise evenly spaced layers.
+        The checkpoint's own plan, or the one below it that its planner measured, where they have as many leaders;
+        otherwise evenly spaced layers, or what is left of the plan where these are none of its leaders.
 
         Raises:
             DepthKVError: outside the server's bounds.
         """
-        # a plan has a whole number of leaders, so that 0.25 of 30 layers is 8 of them
         if not self.min_retention - 1e-9 <= retention <= self.max_retention + 1e-9:
             raise DepthKVError(
                 f"expected kv_retention from {self.min_retention:g} to {self.max_retention:g}, got {retention:g}"
             )
-        sources = SharingPlan.for_retention(retention, self.kinds).kv_source_layers
+        if self.plan is not None and retention == self.plan.retention:
+            return self.plan.kv_source_layers
+        even = SharingPlan.for_retention(retention, self.kinds)
         for known in () if self.plan is None else (self.plan, *self.ladder.plans):
-            if len(known.leaders) == len(set(sources)) or known.retention == retention:
-                sources = known.kv_source_layers
-                break
+            if len(known.leaders) == len(even.leaders) and set(known.leaders) <= set(self.top):
+                return known.kv_source_layers
+        if set(even.leaders) <= set(self.top):
+            return even.kv_source_layers
+        sources = self.top
+        while len(set(sources)) > len(even.leaders) and (below := self.ladder.smaller(sources)) is not None:
+            sources = below
         return sources
 
     def smaller(self, sources: Sources) -> Sources | None:
@@ -122,32 +145,42 @@ class Need:
     num_tokens: int
 
 
-class RequestRouter(Router):
+class RequestRouter(FixedRouter):
     """What the request in prefill gets: a plan that is known, or the choice of another router.
 
     Args:
         depths: of the server.
-        chooser: for requests with an adaptive plan; None refuses those elsewhere.
+        chooser: for requests with an adaptive plan; None where there are none.
+
+    Raises:
+        DepthKVError: a chooser that could choose a leader that the server has not.
     """
 
     def __init__(self, depths: Depths, chooser: Router | None) -> None:
-        self.ladder = depths.ladder
+        super().__init__(depths.top, depths.ladder)
+        if chooser is not None and len(set(depths.top)) < len(depths.top):
+            raise DepthKVError(
+                f"expected a largest retention above the plan's with a router, got {depths.max_retention:g}"
+            )
         self.chooser = chooser
-        self.sources: Sources = ()
-        self.choose(())
+        self.choose(depths.top)
 
     def choose(self, sources: Sources | None) -> None:
         """For the next prompt; None lets the other router choose."""
+        self._known = sources
         self._chooser = self.chooser if sources is None else None
-        self.sources = sources or ()
         self.needs_kv = self._chooser is not None and self._chooser.needs_kv
 
-    def start(self, prompt: Prompt) -> Sources | None:
-        return self.sources if self._chooser is None else self._chooser.start(prompt)
+    def start(self, prompt: Prompt) -> Sources | None:  # type: ignore[override]
+        return self._known if self._chooser is None else self._chooser.start(prompt)
 
     def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
-        return self.sources[layer] if self._chooser is None else self._chooser.source(layer, prompt, own)
+        if self._chooser is not None:
+            return self._chooser.source(layer, prompt, own)
+        assert self._known is not None
+        return self._known[layer]
 
     def check(self, kinds: Sequence[LayerKind], hidden_size: int) -> None:
+        super().check(kinds, hidden_size)
         if self.chooser is not None:
             self.chooser.check(kinds, hidden_size)

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.ladder import Sources
-from depthkv.decoder import find_decoder
+from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
 from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
@@ -144,7 +144,7 @@ class Engine:
         settings: EngineSettings | None = None,
         *,
         min_retention: float | None = None,
-        max_retention: float = 1.0,
+        max_retention: float | None = None,
         router: Router | None = None,
     ) -> None:
         self.settings = settings or EngineSettings()
@@ -153,7 +153,8 @@ class Engine:
         decoder = find_decoder(self.model)
         self.kinds = decoder.kinds
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        self.depths = Depths(self.kinds, dtype, plan, min_retention, max_retention)
+        can_lead = [layer for layer in range(decoder.num_layers) if _has_kv(decoder, layer)]
+        self.depths = Depths(self.kinds, dtype, plan, min_retention, max_retention, can_lead)
         self.codec = Codec(tokenizer)
         self.metrics = Metrics()
         self.metrics.budget_bytes.set(self.settings.kv_budget or 0)
@@ -456,6 +457,12 @@ def choose(logits: torch.Tensor, temperature: float, top_p: float, random: torch
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(ids, scores)
     return int(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=random))
+
+
+def _has_kv(decoder: Decoder, layer: int) -> bool:
+    """Whether the layer has weights for keys and values; an export leaves out those of followers."""
+    name = decoder.family.fused or decoder.family.k_proj
+    return any(True for _ in getattr(decoder.attention(layer), name).parameters())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

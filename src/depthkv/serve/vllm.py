@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 
@@ -12,8 +13,18 @@ def is_installed() -> bool:
 
 
 def can_load(model: str) -> bool:
-    """Whether `model` is a whole checkpoint of transformers: no adapter, no .gguf file, nothing built in."""
-    return (Path(model) / "config.json").is_file()
+    """Whether `model` is a folder that vLLM serves as it is meant.
+
+    That is an export of `depthkv export`, or a checkpoint without a plan. One that was saved with its plan would run
+    with every layer's cache there, and an adapter, a .gguf file or a built-in model would not run at all.
+    """
+    path = Path(model) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        exported = str(config.get("model_type")).startswith("depthkv_")
+        return exported or "kv_source_layers" not in config
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def command(
