@@ -18,6 +18,7 @@ from depthkv.architectures import layer_kinds
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
 from depthkv.serve.depth import Depths, Need
 from depthkv.serve.engine import Engine, EngineSettings, choose
+from depthkv.serve.ragged import joint_step
 from depthkv.serve.text import Codec, Writer
 from serving import PLAN, Answer, ask, endless_tokenizer, generated, prompts, running
 from tiny import tiny_model, tiny_tokenizer
@@ -50,7 +51,7 @@ def test_tokens_are_those_of_generate(family: str) -> None:
     with running(model, endless_tokenizer(), plans[0.5], min_retention=0.1) as engine:
         answers = [ask(engine, prompt, kv_retention=retention)[1] for prompt, retention in asked]
         assert [answer.tokens for answer in answers] == expected
-        assert engine.metrics.running_peak._value.get() > 4
+        assert engine.metrics.value("requests_running_peak") > 4
 
 
 def test_neighbours_change_nothing() -> None:
@@ -130,12 +131,12 @@ def test_the_budget_holds_and_lowers_depth_before_anyone_waits() -> None:
         answers = [ask(engine, [5 + i] * 8, 24, kv_retention=1)[1] for i in range(16)]
         assert all(len(answer.tokens) == 24 for answer in answers)
         metrics = engine.metrics
-        assert metrics.running_peak._value.get() == 16
-        assert 0.5 * budget < metrics.peak <= budget
-        assert metrics.given_up._value.get() > 0
+        assert metrics.value("requests_running_peak") == 16
+        assert 0.5 * budget < metrics.value("kv_cache_peak_bytes") <= budget
+        assert metrics.value("layers_given_up_total") > 0
         assert min(min(answer.layers) for answer in answers) == 1
         assert all(sorted(answer.layers, reverse=True) == answer.layers for answer in answers)
-    assert engine.metrics.cache_bytes._value.get() == 0
+    assert engine.metrics.value("kv_cache_bytes") == 0
 
 
 def test_without_depths_to_lower_requests_wait() -> None:
@@ -145,7 +146,7 @@ def test_without_depths_to_lower_requests_wait() -> None:
     with running(tiny_model(eos_token_id=None), endless_tokenizer(), None, settings, **full) as engine:
         answers = [ask(engine, [5 + i] * 8, 24)[1] for i in range(12)]
         assert all(len(answer.tokens) == 24 for answer in answers)
-        assert engine.metrics.running_peak._value.get() == 4
+        assert engine.metrics.value("requests_running_peak") == 4
         assert {layers for answer in answers for layers in answer.layers} == {4}
 
 
@@ -249,17 +250,24 @@ def test_cancelled_requests_free_their_room(engine: Engine) -> None:
     written = len(answer.events)
     ask(engine, [6] * 4, 3)[1].tokens  # noqa: B018
     assert len(answer.events) == written < 1500 and not answer.done.is_set()
-    wait_for(lambda: engine.metrics.cache_bytes._value.get() == 0)
-    assert engine.metrics.requests.labels("cancelled")._value.get() == 1
+    wait_for(lambda: engine.metrics.value("kv_cache_bytes") == 0)
+    assert engine.metrics.value("requests_total", outcome="cancelled") == 1
 
 
-def test_late_requests_fail() -> None:
-    settings = EngineSettings(timeout_s=0.3, max_sequences=1)
+def test_late_requests_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_step(*args: Any) -> torch.Tensor:
+        time.sleep(0.01)
+        return joint_step(*args)
+
+    settings = EngineSettings(timeout_s=2, max_sequences=1)
     with running(tiny_model(eos_token_id=None), endless_tokenizer(), PLAN, settings) as engine:
-        first, second = (ask(engine, [5], 2000)[1] for _ in range(2))
+        monkeypatch.setattr("depthkv.serve.engine.joint_step", slow_step)
+        first = ask(engine, [5], 2000)[1]
+        assert first.begun.wait(30)
+        second = ask(engine, [5], 2000, arrived=time.monotonic() - 1.9)[1]  # is late while it waits
         for answer in (first, second):
             assert answer.done.wait(30) and answer.failure is not None
-            assert answer.failure.status == 504 and "within 0.3 seconds" in answer.failure.message
+            assert answer.failure.status == 504 and "within 2 seconds" in answer.failure.message
         assert first.events and not second.events
 
 
@@ -304,7 +312,7 @@ def test_a_listener_that_fails_harms_nobody(engine: Engine) -> None:
 
     engine.submit(Request(prompt=[5], max_tokens=500, listener=Bad(), temperature=0))
     assert len(ask(engine, [5])[1].tokens) == 12
-    wait_for(lambda: engine.metrics.running._value.get() == 0)
+    wait_for(lambda: engine.metrics.value("requests_running") == 0)
 
 
 def test_damaged_weights_are_refused() -> None:

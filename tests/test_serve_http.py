@@ -163,7 +163,7 @@ def test_unknown_paths_and_hosts(client: Any) -> None:
 
 
 def test_clients_that_leave_free_their_room(client: Any, engine: Engine) -> None:
-    before = engine.metrics.requests.labels("cancelled")._value.get()
+    before = engine.metrics.value("requests_total", outcome="cancelled")
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 900}
     for _ in range(3):
         with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
@@ -171,8 +171,8 @@ def test_clients_that_leave_free_their_room(client: Any, engine: Engine) -> None
     with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=client.base_url, timeout=0.2) as impatient:
         impatient.post("/v1/completions", json=body)
     end = time.monotonic() + 20
-    while (
-        engine.metrics.requests.labels("cancelled")._value.get() < before + 4 or engine.metrics.cache_bytes._value.get()
+    while engine.metrics.value("requests_total", outcome="cancelled") < before + 4 or engine.metrics.value(
+        "kv_cache_bytes"
     ):
         assert time.monotonic() < end, "expected the requests to be cancelled, got them running"
         time.sleep(0.01)

@@ -41,6 +41,7 @@ class Metrics:
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
             registry=self.registry,
         )
+        self._peak = self._most = 0
         self._recent: deque[tuple[float, int]] = deque()
 
     def wrote(self, num_tokens: int) -> None:
@@ -54,18 +55,18 @@ class Metrics:
     def holds(self, num_bytes: int) -> None:
         """The caches hold so many bytes."""
         self.cache_bytes.set(num_bytes)
-        if num_bytes > self.peak:
-            self.cache_bytes_peak.set(num_bytes)
-
-    @property
-    def peak(self) -> int:
-        """Most bytes so far."""
-        return int(self.cache_bytes_peak._value.get())
+        self._peak = max(self._peak, num_bytes)
+        self.cache_bytes_peak.set(self._peak)
 
     def runs(self, num_requests: int) -> None:
         """So many requests are being answered."""
         self.running.set(num_requests)
-        self.running_peak.set(max(num_requests, self.running_peak._value.get()))
+        self._most = max(self._most, num_requests)
+        self.running_peak.set(self._most)
+
+    def value(self, name: str, **labels: str) -> float:
+        """What Prometheus would read now, 0 for what was never set; `name` is without `depthkv_`."""
+        return self.registry.get_sample_value(f"depthkv_{name}", labels) or 0.0
 
     def _rate(self) -> float:
         oldest = time.monotonic() - _WINDOW
