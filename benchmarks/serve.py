@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -82,10 +83,10 @@ def load_arm(label: str, prompts: list[list[int]], budget: int, args: argparse.N
     common = ["--kv-budget", str(budget), "--max-sequences", str(args.max_sequences), "--timeout", "1200"]
     with Server(*options, *common) as server:
         asyncio.run(closed_loop(server.url, prompts[:2], retention, args))  # the first steps are slower
-        before = server.metrics()
+        before, cpu = server.metrics(), server.cpu_seconds()
         started = time.perf_counter()
         found = asyncio.run(closed_loop(server.url, prompts, retention, args))
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, server.cpu_seconds() - cpu
         metrics = server.metrics()
         done = [answer for answer in found if isinstance(answer, dict) and answer["reason"] in ("length", "stop")]
         # alone, nobody has to give up layers, and the batch is one sequence
@@ -100,6 +101,7 @@ def load_arm(label: str, prompts: list[list[int]], budget: int, args: argparse.N
         "requests": len(prompts),
         "completed": len(done),
         "seconds": seconds,
+        "cpu_seconds": cpu,
         "tokens": sum(answer["tokens"] for answer in done),
         "tokens_per_s": sum(answer["tokens"] for answer in done) / seconds,
         "ttft_p50": percentile(ttft, 0.5),
@@ -111,6 +113,7 @@ def load_arm(label: str, prompts: list[list[int]], budget: int, args: argparse.N
         "given_up": metrics["layers_given_up_total"] - before["layers_given_up_total"],
         "same_depth_as_alone": len(same),
         "same_text_as_alone": sum(same),
+        "load_average": os.getloadavg()[1],  # of the machine in the last 5 minutes: others may use it, too
         "exit_code": code,
     }
 

@@ -60,6 +60,11 @@ class Server:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("VmRSS"))
 
+    def cpu_seconds(self) -> float:
+        """That the process has used; unlike the time on the clock, others on the machine do not change it much."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def settle(self) -> None:
         """Wait until nothing runs."""
         while (now := self.metrics())["requests_running"] or now["requests_waiting"]:
