@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import serve_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -438,7 +439,13 @@ def gpu(made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]
     return table(*made(read("gpu.jsonl")))
 
 
+def serve(made: Callable[[list[dict[str, Any]]], tuple[list[str], list[list[str]]]]) -> str:
+    """One of serve_tables.py."""
+    return table(*made(read("serve.jsonl")))
+
+
 TABLES |= {name: functools.partial(gpu, made) for name, made in gpu_tables.TABLES.items()}
+TABLES |= {name: functools.partial(serve, made) for name, made in serve_tables.TABLES.items()}
 README_TABLES = {name: functools.partial(gpu, made) for name, made in gpu_tables.README_TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from depthkv import SharingPlan, share
-from depthkv.serve.engine import Engine, Failure, Progress, Request
+from depthkv.serve.engine import Engine
+from depthkv.serve.request import Failure, Progress, Request
 from depthkv.serve.run import bind, server
 from tiny import tiny_tokenizer
 

@@ -17,9 +17,10 @@ from depthkv.adaptive.similarity import similarity_router
 from depthkv.architectures import layer_kinds
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
 from depthkv.serve.depth import Depths, Need
-from depthkv.serve.engine import Engine, EngineSettings, choose
+from depthkv.serve.engine import Engine
 from depthkv.serve.ragged import joint_step
-from depthkv.serve.text import Codec, Writer
+from depthkv.serve.request import EngineSettings, Request
+from depthkv.serve.text import Codec, Writer, choose
 from serving import PLAN, Answer, ask, endless_tokenizer, generated, prompts, running
 from tiny import tiny_model, tiny_tokenizer
 
@@ -307,8 +308,6 @@ def test_a_listener_that_fails_harms_nobody(engine: Engine) -> None:
     class Bad(Answer):
         def __call__(self, event: Any) -> None:
             raise RuntimeError("gone")
-
-    from depthkv.serve.engine import Request
 
     engine.submit(Request(prompt=[5], max_tokens=500, listener=Bad(), temperature=0))
     assert len(ask(engine, [5])[1].tokens) == 12

@@ -20,7 +20,8 @@ pytest.importorskip("httpx")
 import httpx
 
 from depthkv.serve.app import create_app
-from depthkv.serve.engine import Engine, EngineSettings
+from depthkv.serve.engine import Engine
+from depthkv.serve.request import EngineSettings
 from serving import PLAN, endless_tokenizer, generated, listening, running
 from tiny import tiny_model
 

@@ -115,7 +115,8 @@ def serve_command(
             f'expected the embedded server\'s packages (pip install "depthkv[serve]"), got no {missing[0]}'
         )
     from depthkv.serve.app import create_app
-    from depthkv.serve.engine import Engine, EngineSettings
+    from depthkv.serve.engine import Engine
+    from depthkv.serve.request import EngineSettings
     from depthkv.serve.run import LOOPBACK, allowed_hosts, bind, serve
 
     with bind(host, port) as listening:

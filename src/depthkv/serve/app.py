@@ -20,8 +20,9 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 
 from depthkv.errors import DepthKVError, ServerBusyError
 from depthkv.serve import schema
-from depthkv.serve.engine import Engine, Failure, Progress, Request
+from depthkv.serve.engine import Engine
 from depthkv.serve.guard import Guard, error
+from depthkv.serve.request import Failure, Progress, Request
 
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/playground.js": "playground.js", "/playground.css": "playground.css"}

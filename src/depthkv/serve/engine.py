@@ -10,13 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
@@ -27,85 +26,10 @@ from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
 from depthkv.serve.metrics import Metrics
 from depthkv.serve.ragged import RaggedModel, SequenceCache, joint_step
-from depthkv.serve.text import Codec, Writer
+from depthkv.serve.request import ADAPTIVE, EngineSettings, Failure, Progress, Request
+from depthkv.serve.text import Codec, Writer, choose
 
 log = logging.getLogger(__name__)
-
-ADAPTIVE = "adaptive"
-"""As `kv_retention`: the router chooses."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """Limits of one engine."""
-
-    kv_budget: int | None = None
-    """Bytes of all caches together; None is no limit."""
-    max_sequences: int = 16
-    """Answered at once."""
-    max_queue: int = 256
-    """Requests that may wait."""
-    max_context: int = 2048
-    """Tokens of a prompt and its answer."""
-    timeout_s: float = 300.0
-    """Seconds from arrival to the last token."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_sequences", "max_context", "timeout_s"):
-            if getattr(self, name) <= 0:
-                raise DepthKVError(f"expected {name} above 0, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a request's listener gets after each token, and once at the end."""
-
-    token: int
-    """The one just written."""
-    text: str
-    """New text; may be empty."""
-    num_tokens: int
-    """Written so far."""
-    cache_bytes: int
-    """Of this request."""
-    retained_layers: int
-    """That keep a cache for this request."""
-    finish_reason: str | None = None
-    """"stop" or "length"; None while it goes on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """The end of a request that cannot be answered."""
-
-    status: int
-    """Of HTTP."""
-    message: str
-
-
-@dataclass(kw_only=True, eq=False)
-class Request:
-    """A prompt and how to go on from it."""
-
-    prompt: Sequence[int]
-    """Token ids, at least one."""
-    max_tokens: int
-    """Most to write, at least one."""
-    listener: Callable[[Progress | Failure], None]
-    """Called from the engine's thread."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    kv_retention: float | str | None = None
-    """Share of the layers to begin with, `ADAPTIVE`, or None for the server's choice."""
-    arrived: float = field(default_factory=time.monotonic)
-    is_cancelled: bool = False
-
-    @property
-    def most_cached(self) -> int:
-        """Tokens in the cache at the end: the last one is never read."""
-        return len(self.prompt) + self.max_tokens - 1
 
 
 @dataclass(kw_only=True, eq=False)
@@ -362,9 +286,15 @@ class Engine:
     @torch.no_grad()
     def _decode(self) -> None:
         """One more token of everybody."""
-        needs = [Need(sources=r.cache.sources, num_tokens=r.cache.num_tokens + 1) for r in self._running]
-        if not self.depths.fit(needs, self.settings.kv_budget):
-            raise AssertionError("expected room for whoever was admitted, got none")
+        while True:
+            needs = [Need(sources=r.cache.sources, num_tokens=r.cache.num_tokens + 1) for r in self._running]
+            if self.depths.fit(needs, self.settings.kv_budget):
+                break
+            # a router chose a map that cannot be made as small as was reserved: the budget holds all the same
+            last = self._running.pop()
+            self._fail(last.request, Failure(status=503, message="expected room for the answer, got none"))
+        if not self._running:
+            return
         self._apply(needs)
         running = list(self._running)
         try:
@@ -446,17 +376,6 @@ class Engine:
         joint = torch.no_grad()(joint_step)(self.model, self.kinds, [cache], [0])
         if not bool(logits.isfinite().all() and joint.isfinite().all()):
             raise CheckpointError("expected a model that computes finite logits, got others: its weights are damaged")
-
-
-def choose(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """The next token, given its logits `[vocabulary]`; temperature 0 takes the likeliest."""
-    if temperature == 0:
-        return int(logits.argmax())
-    ids: Any = None  # these two look at the scores alone
-    scores = TemperatureLogitsWarper(float(temperature))(ids, logits[None])
-    if top_p < 1:
-        scores = TopPLogitsWarper(float(top_p))(ids, scores)
-    return int(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=random))
 
 
 def _has_kv(decoder: Decoder, layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""Tokens to text and back, for streams: nothing is sent that a later token could still change."""
+"""The next token, and tokens to text and back: nothing is sent that a later token could still change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from depthkv.errors import DepthKVError
 
@@ -104,3 +107,14 @@ class Writer:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+def choose(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """The next token, given its logits `[vocabulary]`; temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return int(logits.argmax())
+    ids: Any = None  # these two look at the scores alone
+    scores = TemperatureLogitsWarper(float(temperature))(ids, logits[None])
+    if top_p < 1:
+        scores = TopPLogitsWarper(float(top_p))(ids, scores)
+    return int(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=random))

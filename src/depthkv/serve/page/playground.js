@@ -35,6 +35,7 @@ async function connect() {
   if (!response.ok) throw new Error(await problem(response));
   card = (await response.json()).data[0];
   at("model").textContent = card.id;
+  if (card.max_retention < 1) at("full-title").textContent = "Most layers";
   const slider = at("retention");
   slider.min = Math.max(1, Math.ceil(card.min_retention * card.num_layers - 1e-6));
   slider.max = Math.floor(card.max_retention * card.num_layers + 1e-6);
