@@ -301,6 +301,12 @@ def test_a_failing_step_fails_its_requests_only(engine: Engine, monkeypatch: pyt
         patch.setattr("depthkv.serve.engine.joint_step", fail)
         _, answer = ask(engine, [5] * 3)
         assert answer.done.wait(30) and answer.failure is not None
+    nan = torch.full((1, 64), float("nan"))
+    for name, broken in (("choose", fail), ("joint_step", lambda *args: nan)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"depthkv.serve.engine.{name}", broken)
+            _, answer = ask(engine, [5] * 3)
+            assert answer.done.wait(30) and answer.failure is not None and answer.failure.status == 500
     assert ask(engine, [5] * 3)[1].tokens == expected
 
 

@@ -318,37 +318,43 @@ class Engine:
 
     def _write(self, rows: Sequence[_Running], logits: torch.Tensor) -> None:
         """Choose the next token of each from its row of logits, and tell its listener."""
-        rows_logits = logits.float().cpu()
-        for running, row in zip(rows, rows_logits, strict=True):
-            request = running.request
-            if not bool(row.isfinite().any()) or bool(row.isnan().any()):
+        for running, row in zip(rows, logits.float().cpu(), strict=True):
+            event: Progress | Failure
+            try:
+                event = self._next(running, row)
+            except Exception:
+                log.exception("choosing a token failed")
+                event = Failure(status=500, message="expected an answer, got an internal error")
+            if isinstance(event, Failure):
                 self._running.remove(running)
-                self._fail(request, Failure(status=500, message="expected numbers from the model, got others"))
+                self._fail(running.request, event)
                 continue
-            running.token = choose(row, request.temperature, request.top_p, running.random)
-            running.num_tokens += 1
-            ended = running.token in self._ends
-            text = "" if ended else running.writer.add(running.token)
-            reason = "stop" if ended or running.writer.stopped else None
-            if reason is None and running.num_tokens >= request.max_tokens:
-                reason = "length"
-            if reason is not None:
-                text += running.writer.finish()
-                reason = "stop" if running.writer.stopped else reason
+            if event.finish_reason is not None:
                 self._running.remove(running)
-                self.metrics.requests.labels(reason).inc()
-            self._tell(
-                request,
-                Progress(
-                    token=running.token,
-                    text=text,
-                    num_tokens=running.num_tokens,
-                    cache_bytes=running.cache.num_bytes,
-                    retained_layers=running.cache.num_leaders,
-                    finish_reason=reason,
-                ),
-            )
+                self.metrics.requests.labels(event.finish_reason).inc()
+            self._tell(running.request, event)
         self.metrics.wrote(len(rows))
+
+    def _next(self, running: _Running, row: torch.Tensor) -> Progress | Failure:
+        request, writer = running.request, running.writer
+        if not row.max().isfinite():  # any NaN is the maximum
+            return Failure(status=500, message="expected numbers from the model, got others")
+        running.token = choose(row, request.temperature, request.top_p, running.random)
+        running.num_tokens += 1
+        ended = running.token in self._ends
+        text = "" if ended else writer.add(running.token)
+        reason = "stop" if ended or writer.stopped else "length" if running.num_tokens >= request.max_tokens else None
+        if reason is not None:
+            text += writer.finish()
+            reason = "stop" if writer.stopped else reason
+        return Progress(
+            token=running.token,
+            text=text,
+            num_tokens=running.num_tokens,
+            cache_bytes=running.cache.num_bytes,
+            retained_layers=running.cache.num_leaders,
+            finish_reason=reason,
+        )
 
     def _fail(self, request: Request, failure: Failure) -> None:
         self.metrics.requests.labels("failed").inc()
