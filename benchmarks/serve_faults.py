@@ -176,7 +176,7 @@ async def sigterm(server: Server, count: int) -> dict[str, Any]:
     }
 
 
-def damaged() -> dict[str, Any]:
+def damaged(core: int) -> dict[str, Any]:
     """A checkpoint that was cut, one with a broken header, and one whose weights are no numbers."""
     model, tokenizer, plan = load(MODEL, dtype="bfloat16")
     found = {}
@@ -192,7 +192,7 @@ def damaged() -> dict[str, Any]:
             "not a number": weights[:-4096] + b"\xff" * 4096,
         }.items():
             file.write_bytes(content)
-            with Server(model=str(whole)) as server:
+            with Server(model=str(whole), core=core) as server:
                 code = server.process.poll()
                 lines = server.stderr().strip().splitlines()
                 found[label] = {
@@ -208,10 +208,11 @@ def main() -> None:
     parser.add_argument("--disconnects", type=int, default=100)
     parser.add_argument("--malformed", type=int, default=50)
     parser.add_argument("--in-flight", type=int, default=24)
+    parser.add_argument("--core", type=int, default=0, help="that the server runs on")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     faults: dict[str, Any] = {}
-    with Server("--max-sequences", "8", "--max-context", "2048") as server:
+    with Server("--max-sequences", "8", "--max-context", "2048", core=args.core) as server:
         expected = answer(server)
         asyncio.run(disconnects(server, 20))  # what the first requests allocate stays
         start = server.resident_bytes()
@@ -235,7 +236,7 @@ def main() -> None:
         faults["sigterm"] = asyncio.run(sigterm(server, args.in_flight))
         print(faults["sigterm"])
         faults["tracebacks"] = server.stderr().count("Traceback")
-    faults["damaged"] = damaged()
+    faults["damaged"] = damaged(args.core)
     print(faults["damaged"], faults["tracebacks"])
     figures = {
         "run": "faults",

@@ -91,7 +91,7 @@ def test_page(browser: Any, address: tuple[str, str | None], width: int, height:
 
 
 def wait(condition: Callable[[], bool], page: Any) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end, page.inner_text("#status")
         page.wait_for_timeout(20)
