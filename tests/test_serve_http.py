@@ -192,6 +192,14 @@ def test_models_health_and_metrics(client: Any) -> None:
     assert float(values["depthkv_time_to_first_token_seconds_count"]) >= 1
 
 
+def test_the_document_tells_of_streams_and_errors(client: Any) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = paths[path]["post"]["responses"]
+        assert set(responses["200"]["content"]) == {"application/json", "text/event-stream"}
+        assert {"400", "401", "404", "413", "429", "504"} <= set(responses)
+
+
 def test_a_failed_engine_is_no_healthy_one(client: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(engine), "is_alive", False)
     assert client.get("/health").status_code == 503

@@ -30,6 +30,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
 }
 
+_ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "A stream, where it was asked for."}}
+
 
 class ApiError(Exception):
     """An answer other than 200."""
@@ -97,7 +99,7 @@ def create_app(
     async def models() -> schema.ModelList:
         return schema.ModelList(data=[card])
 
-    @app.post("/v1/completions", response_model=schema.Completion, responses=_ERRORS)
+    @app.post("/v1/completions", response_model=schema.Completion, responses=_ANSWERS)
     async def completions(body: schema.CompletionBody, http: HttpRequest) -> Any:
         _require_model(body, name)
         given = body.prompt
@@ -105,7 +107,7 @@ def create_app(
         request = _request(body, prompt, body.max_tokens or max_tokens, max_tokens)
         return await _answer(engine, request, body, http, _Completions(name, request, engine.num_layers))
 
-    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=_ERRORS)
+    @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=_ANSWERS)
     async def chat(body: schema.ChatBody, http: HttpRequest) -> Any:
         _require_model(body, name)
         messages = [message.to_template() for message in body.messages]
