@@ -21,7 +21,8 @@ def load(runs: list[dict[str, Any]]) -> Rows:
         cells.append(f"{found['peak_bytes']:,.0f} of {run['budget']:,}")
         cells.append(f"{found['mean_layers']:.1f} ({found['fewest_layers']} to {run['num_layers']})")
         cells += [f"{found['ttft_p50']:.1f} s", f"{found['ttft_p99']:.1f} s", f"{found['tokens_per_s']:.1f}"]
-        cells.append(f"{found['tokens'] / found['cpu_seconds']:.1f}")
+        cpu = found.get("cpu_seconds")
+        cells.append("" if cpu is None else f"{found['tokens'] / cpu:.1f}")
         rows.append(cells)
     headings = [
         "server",
