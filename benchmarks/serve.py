@@ -81,7 +81,7 @@ def load_arm(label: str, prompts: list[list[int]], budget: int, args: argparse.N
     """One server, all requests."""
     options, retention = ARMS[label]
     common = ["--kv-budget", str(budget), "--max-sequences", str(args.max_sequences), "--timeout", "1200"]
-    with Server(*options, *common) as server:
+    with Server(*options, *common, core=args.core) as server:
         asyncio.run(closed_loop(server.url, prompts[:2], retention, args))  # the first steps are slower
         before, cpu = server.metrics(), server.cpu_seconds()
         started = time.perf_counter()
@@ -153,7 +153,10 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
 def run_client(args: argparse.Namespace) -> dict[str, Any]:
     """What the synchronous client gets, compared with what it should."""
     checks: dict[str, bool] = {}
-    with Server() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+    with (
+        Server(core=args.core) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
         common: dict[str, Any] = {"model": NAME, "max_tokens": 24, "temperature": 0}
         prompt = "The state is"
         whole = client.completions.create(prompt=prompt, **common)
@@ -204,6 +207,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="full caches that the budget holds")
     parser.add_argument("--max-sequences", type=int, default=32)
     parser.add_argument("--alone", type=int, default=12, help="requests that are compared with what they get alone")
+    parser.add_argument("--core", type=int, default=0, help="that the server runs on")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -38,8 +38,8 @@ def faults(runs: list[dict[str, Any]]) -> Rows:
     """What was done, and what the server did."""
     found = _last(runs, "faults")["faults"]
     rows = []
-    words = {"disconnects": "clients that leave", "disconnects again": "clients that leave, once more"}
-    words |= {"malformed": "malformed JSON", "generated": "schemathesis", "oversize": "oversize prompts"}
+    words = {"disconnects": "clients that leave", "malformed": "malformed JSON", "generated": "schemathesis"}
+    words |= {"oversize": "oversize prompts", "disconnects again": "clients that leave, once more"}
     for name, label in words.items():
         fault = found[name]
         if name == "oversize":
