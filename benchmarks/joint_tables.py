@@ -94,4 +94,4 @@ def recipes(lines: Lines) -> Table:
     return [*headings, "predictions off by (recipes)"], rows
 
 
-JOINT_TABLES = {"joint": excess, "joint-tasks": tasks, "joint-recipes": recipes}
+TABLES = {"joint": excess, "joint-tasks": tasks, "joint-recipes": recipes}

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import gpu_tables
+
 UNSEEN = "brown"
 """The text that no arm trains on."""
 
@@ -29,4 +31,4 @@ def _seen(row: dict[str, Any], plan: str) -> float:
     return statistics.fmean(found[plan] for text, found in row["test"].items() if text != UNSEEN)
 
 
-TABLES = {"scale": losses}
+TABLES = {"scale": losses, "scale-train": gpu_tables.train}

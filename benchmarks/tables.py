@@ -19,6 +19,7 @@ from typing import Any
 import gpu_tables
 import joint_tables
 import scale_tables
+import serve_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -371,10 +372,13 @@ def of_lines(name: str, made: Callable[[list[dict[str, Any]]], tuple[list[str], 
     return table(*made(read(name)))
 
 
-TABLES |= {name: functools.partial(of_lines, "gpu.jsonl", made) for name, made in gpu_tables.TABLES.items()}
-TABLES |= {name: functools.partial(of_lines, "joint.jsonl", made) for name, made in joint_tables.JOINT_TABLES.items()}
-TABLES |= {n: functools.partial(of_lines, "scale.jsonl", made) for n, made in scale_tables.TABLES.items()}
-TABLES["scale-train"] = functools.partial(of_lines, "scale.jsonl", gpu_tables.train)
+for name, module in {
+    "gpu.jsonl": gpu_tables,
+    "joint.jsonl": joint_tables,
+    "scale.jsonl": scale_tables,
+    "serve.jsonl": serve_tables,
+}.items():
+    TABLES |= {table_name: functools.partial(of_lines, name, made) for table_name, made in module.TABLES.items()}
 README_TABLES = {n: functools.partial(of_lines, "gpu.jsonl", made) for n, made in gpu_tables.README_TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():

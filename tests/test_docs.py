@@ -16,6 +16,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ ADDED_OPTIONS: dict[str, dict[str, str]] = {
 }
 """What is added where a command line says nothing of it."""
 
-NOT_RUN_COMMANDS = {"demo": "has tests of its own"}
+NOT_RUN_COMMANDS = {"demo": "has tests of its own", "serve": "has tests of its own"}
 MOST_NOT_RUN = 2
 """Blocks that may be left out with `<!-- not run: reason -->`, over all pages."""
 
@@ -226,6 +227,27 @@ SETUP: dict[str, dict[str, Callable[[], Any]]] = {
 }
 """What the Python of a page takes from elsewhere."""
 
+SERVED = "http://127.0.0.1:8000"
+"""Where the server of `depthkv serve` is, in the pages' Python; in the tests it is elsewhere."""
+
+
+@contextmanager
+def served(code: str) -> Iterator[str]:
+    """The code, and a server for it where it asks one."""
+    if SERVED not in code:
+        yield code
+        return
+    pytest.importorskip("fastapi")
+    pytest.importorskip("openai")
+    from depthkv.serve.app import create_app
+    from depthkv.serve.engine import Engine
+    from serving import listening
+
+    engine = Engine(*load("builtin:smollm2-135m-depthkv"))
+    with listening(create_app(engine, name="smollm2-135m-depthkv")) as address:
+        yield code.replace(SERVED, address)
+
+
 PLACEHOLDERS = {"MODEL": "builtin:smollm2-135m", "D": "my-text", "DIR": "out"}
 
 
@@ -259,7 +281,8 @@ def test_page_runs(name: str, here: Path, capsys: pytest.CaptureFixture[str]) ->
             for said, instead in SMALLER.items():
                 code = code.replace(said, instead)
             code = "\n" * (block.line - 1) + code  # errors then name the page's own line
-            exec(compile(code, str(ROOT / name), "exec", dont_inherit=True), namespace)
+            with served(code) as code:
+                exec(compile(code, str(ROOT / name), "exec", dont_inherit=True), namespace)
         for arguments in command_lines(block):
             command = quick(arguments)
             if arguments[0] in NOT_RUN_COMMANDS or command in done:

@@ -31,3 +31,7 @@ class KVBudgetError(DepthKVError):
 
 class RecipeError(DepthKVError):
     """A cache recipe, or the file that it was read from, is invalid or cannot be used on the model."""
+
+
+class ServerBusyError(DepthKVError):
+    """A server that takes no further request now."""

@@ -133,7 +133,7 @@ class AdaptiveModel(Patches):
             if len(layers[0].sources) != batch:
                 raise PlanError(f"expected {len(layers[0].sources)} sequences, as in the cache, got {batch}")
             given_up = self._make_room(layers, tokens)
-            with self._context.bound(TokenStep(layers)):  # type: ignore[arg-type]
+            with self._context.bound(self._token_step(layers)):  # type: ignore[arg-type]
                 output = original(**arguments)
         if layers is not None:
             assert cache is not None
@@ -247,6 +247,10 @@ class AdaptiveModel(Patches):
         return step
 
     # Later tokens
+
+    def _token_step(self, layers: list[GroupedLayer]) -> TokenStep:
+        """How layers find the pairs that they read."""
+        return TokenStep(layers)
 
     def _make_room(self, layers: list[GroupedLayer], tokens: int) -> list[tuple[int, int]]:
         """Give up leaders, as far as the next tokens need it; returns the sequence and layer of each."""

@@ -25,6 +25,7 @@ from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
+from depthkv.cli.serve import serve_command
 from depthkv.cli.train import adapt_command
 from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
@@ -61,6 +62,7 @@ app.command("recipe", short_help="Bits and tokens of the caches that stay, by ha
 app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
 app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
+app.command("serve", short_help="An OpenAI-compatible server.")(serve_command)
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
 
 
