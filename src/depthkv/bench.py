@@ -92,7 +92,8 @@ class BenchResult:
     """Of the shared arm."""
     config: BenchConfig
     samples: dict[str, tuple[Sample, ...]]
-    """By arm of `ARMS`, in the order measured; sample i of both arms ran side by side. None of an arm that ran out of memory."""
+    """By arm of `ARMS`, in the order measured; sample i of both ran side by side. None of an arm that ran out of
+    memory."""
     machine: dict[str, Any]
     """Device, threads, versions, dtype."""
     work: Mapping[str, Mapping[str, Work]] = field(default_factory=dict)

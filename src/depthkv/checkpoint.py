@@ -38,7 +38,6 @@ from depthkv.export import (
     is_export,
     lacks_follower_kv,
     remove_follower_kv,
-    require_kv,
 )
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
@@ -427,7 +426,7 @@ def _require_layers(plan: SharingPlan, config: PreTrainedConfig, name: str) -> N
 def write_plan(
     work: Path, config: PreTrainedConfig, plan: SharingPlan | None, provenance: Mapping[str, Any] | None
 ) -> None:
-    """Write plan.json, and the plan into config.json: not into the live config, since saving must not change the model."""
+    """Write plan.json, and the plan into config.json, not into the live config: saving must not change the model."""
     path = work / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     if plan is not None:

@@ -86,10 +86,10 @@ def export(
         check_removable(decoder.config)
     if hasattr(decoder.module, ACTIVE):
         raise PlanError("expected a model that is neither shared nor routed to export, got one that is; remove() first")
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+    merge: Any = getattr(model, "merge_and_unload", None)
+    if merge is not None:
+        model = merge()
         decoder = find_decoder(model)
-    assert isinstance(model, nn.Module)
     removed = () if keep_kv else tuple(f"{name}." for name in _kv_modules(decoder, plan.followers).values())
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(removed)}
     with checkpoint.written_folder(directory) as work:

@@ -57,8 +57,7 @@ class AdaptiveModel(Patches):
         ladder = router.ladder or Ladder(decoder.kinds)
         if ladder.kinds != decoder.kinds:
             raise PlanError(f"expected a ladder for the {decoder.num_layers} layers of the model, got one for others")
-        fixed = isinstance(router, FixedRouter)
-        require_kv(decoder, set(router.sources) if fixed else range(decoder.num_layers))
+        require_kv(decoder, set(router.sources) if isinstance(router, FixedRouter) else range(decoder.num_layers))
         super().__init__(decoder, switch)
         self.router = router
         """What decides in prefill."""

@@ -52,6 +52,19 @@ def num_trailing_followers(plan: SharingPlan) -> int:
     return plan.num_layers - 1 - plan.leaders[-1]
 
 
+def check_fast_prefill(*, eager: bool, stages: int) -> None:
+    """Refuse `--kv-sharing-fast-prefill` where the last layers could not leave positions out.
+
+    Raises:
+        UnsupportedModelError: a compiled model, or several pipeline stages.
+    """
+    if not eager or stages > 1:
+        got = "a compiled model" if not eager else f"{stages} pipeline stages"
+        raise UnsupportedModelError(
+            f"expected --enforce-eager and one pipeline stage with --kv-sharing-fast-prefill, got {got}"
+        )
+
+
 def refuse_backend(name: str, layer: int) -> UnsupportedModelError:
     """For an attention backend of vLLM that cannot read another layer's cache."""
     return UnsupportedModelError(

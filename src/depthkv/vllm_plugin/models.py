@@ -8,7 +8,7 @@ follower is one of Q alone.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -23,9 +24,16 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
 from depthkv.plan import SharingPlan
-from depthkv.vllm_plugin.checks import check_stages, plan_of, refuse_backend
+from depthkv.vllm_plugin.checks import (
+    check_fast_prefill,
+    check_stages,
+    num_trailing_followers,
+    plan_of,
+    refuse_backend,
+)
 
 _OWN_KV = re.compile(r"\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.")
 
@@ -66,9 +74,17 @@ class SharedKV:
         for name, module in list(self.named_modules()):
             if isinstance(module, QKVParallelLinear) and extract_layer_index(name) in self.followers:
                 attention = self.get_submodule(name.rpartition(".")[0])
-                self.set_submodule(name, QueryProjection(module))
+                if vllm_config.lora_config is None:
+                    self.set_submodule(name, QueryProjection(module))
+                else:  # vLLM wraps projections for LoRA by their exact type; K and V are then products with zeros
+                    for parameter in module.parameters():
+                        parameter.data.zero_()
                 if hasattr(attention, "k_norm"):
                     attention.k_norm = nn.Identity()
+        tail = num_trailing_followers(plan)
+        if vllm_config.cache_config.kv_sharing_fast_prefill and tail:
+            check_fast_prefill(eager=vllm_config.model_config.enforce_eager, stages=size)
+            _stop_early(list(self.get_submodule("model.layers").children())[-tail:])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Without the K and V that an export with --keep-kv holds for followers."""
@@ -103,6 +119,42 @@ def _reading_sources(plan: SharingPlan) -> Iterator[None]:
         yield
     finally:
         Attention.__init__ = original
+
+
+def _stop_early(layers: Sequence[Any]) -> None:
+    """Run these last layers, all of them followers, for those positions only whose logits are needed.
+
+    Where vLLM is told so (`--kv-sharing-fast-prefill`), it prepares the attention of such layers for these positions.
+    """
+    name = layers[-1].self_attn.attn.layer_name
+
+    def needed() -> torch.Tensor | None:
+        metadata = get_forward_context().attn_metadata
+        own = metadata.get(name) if isinstance(metadata, dict) else None
+        if not isinstance(own, KVSharingFastPrefillMetadata) or own.num_logits_indices is None:
+            return None
+        kept: torch.Tensor = own.logits_indices_padded[: own.num_logits_indices]
+        return kept
+
+    def wrapped(original: Callable[..., Any], is_first: bool, is_last: bool) -> Callable[..., Any]:
+        def forward(positions: torch.Tensor, *states: torch.Tensor, **kwargs: Any) -> Any:
+            kept = needed()
+            if kept is None:
+                return original(positions, *states, **kwargs)
+            if is_first:
+                states = tuple(state[kept] for state in states)
+            states = original(positions[kept], *states, **kwargs)
+            if is_last:
+                whole = tuple(state.new_zeros(len(positions), *state.shape[1:]) for state in states)
+                for state, part in zip(whole, states, strict=True):
+                    state[kept] = part
+                states = whole
+            return states
+
+        return forward
+
+    for i, layer in enumerate(layers):
+        layer.forward = wrapped(layer.forward, i == 0, i == len(layers) - 1)
 
 
 class DepthKVLlamaForCausalLM(SharedKV, LlamaForCausalLM):
