@@ -414,7 +414,40 @@ def joint_recipes() -> str:
     return table([*headings, "predictions off by (recipes)"], rows)
 
 
+def vllm_tokens() -> str:
+    """Blocks of the same bytes, and whether vLLM writes what depthkv writes."""
+    runs = [run for run in read("vllm.jsonl") if run["part"] == "tokens"]
+    full = {run["dtype"]: run["blocks"] for run in runs if run["leaders"] == run["num_layers"]}
+    rows = []
+    for run in runs:
+        gaps = [entry["gap"] for entry in run["parted"]]
+        cells = [run["dtype"], run["plan"], f"{run['leaders']} of {run['num_layers']}", f"{run['blocks']:,}"]
+        cells.append(f"{run['blocks'] / full[run['dtype']]:.2f}x")
+        cells.append(f"{run['prompts'] - len(gaps)} of {run['prompts']}")
+        within = sum(gap < run["tolerance"] for gap in gaps)
+        shown = f"{len(gaps)}, {within} of them below {run['tolerance']:g}; largest gap {max(gaps):.2g}" if gaps else ""
+        rows.append([*cells, shown])
+    headings = ["weights", "plan", "layers kept", "KV blocks", "of the full cache's", "texts equal to the last token"]
+    return table([*headings, "others: gap of logits where they part"], rows)
+
+
+def vllm_throughput() -> str:
+    """Tokens per second where memory is the limit."""
+    runs = [run for run in read("vllm.jsonl") if run["part"] == "throughput"]
+    first = runs[0]
+    rows = []
+    for run in runs:
+        seconds = ", ".join(f"{value:.1f} s" for value in run["seconds"])
+        cells = [run["plan"], f"{run['leaders']} of {run['num_layers']}", str(run["blocks"])]
+        cells += [str(run["sequences_at_once"]), seconds, f"{run['tokens_per_s']:.1f}"]
+        rows.append([*cells, f"{run['tokens_per_s'] / first['tokens_per_s']:.2f}x"])
+    headings = ["plan", "layers kept", "KV blocks", "sequences at once", "all requests took", "tokens/s written"]
+    return table([*headings, "of the full cache's"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "vllm-tokens": vllm_tokens,
+    "vllm-throughput": vllm_throughput,
     "comparison": comparison,
     "comparison-texts": comparison_texts,
     "positions": positions,

@@ -24,7 +24,7 @@ from depthkv.cli import main
 from depthkv.errors import CheckpointError, PlanError, UnsupportedModelError
 from depthkv.export import export
 from depthkv.vllm_plugin import MODELS, untested
-from depthkv.vllm_plugin.checks import check_stages, num_trailing_followers, plan_of
+from depthkv.vllm_plugin.checks import check_fast_prefill, check_stages, num_trailing_followers, plan_of
 from depthkv.vllm_plugin.configs import CONFIGS as VLLM_CONFIGS
 from families import CONFIGS, NUM_LAYERS, tiny_model
 from tiny import LAYERS, figures, tiny_checkpoint, tiny_text, tiny_tokenizer
@@ -261,6 +261,13 @@ def test_sources_stay_within_a_pipeline_stage() -> None:
     check_stages(plan, [(0, 2), (2, 6)])
     with pytest.raises(PlanError, match=r"layer 3 .*stage \(3 to 5\), got layer 2; the stages are .* 0 to 2, 3 to 5"):
         check_stages(plan, [(0, 3), (3, 6)])
+
+
+def test_fast_prefill_is_for_what_can_leave_positions_out() -> None:
+    check_fast_prefill(eager=True, stages=1)
+    for eager, stages in ((False, 1), (True, 2)):
+        with pytest.raises(UnsupportedModelError, match="expected --enforce-eager and one pipeline stage"):
+            check_fast_prefill(eager=eager, stages=stages)
 
 
 def test_plan_of_a_config() -> None:

@@ -225,6 +225,25 @@ def test_pipeline_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert "the stages are the layers 0 to 2, 3 to 5" in printed.out + printed.err
 
 
+def test_backend_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    from depthkv.errors import UnsupportedModelError
+    from depthkv.vllm_plugin.models import reading_sources
+
+    def refuse(self: Any, *args: Any, kv_sharing_target_layer_name: str | None = None, **kwargs: Any) -> None:
+        if kv_sharing_target_layer_name is not None:
+            raise NotImplementedError
+
+    monkeypatch.setattr(Attention, "__init__", refuse)
+    layer = Attention.__new__(Attention)
+    with reading_sources(HALF):
+        layer.__init__(prefix="model.layers.2.self_attn.attn")
+        with pytest.raises(UnsupportedModelError, match="expected an attention backend in which layer 3 can read"):
+            layer.__init__(prefix="model.layers.3.self_attn.attn")
+    assert Attention.__init__ is refuse
+
+
 def test_register_again() -> None:
     register()
     register()

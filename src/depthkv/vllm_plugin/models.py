@@ -67,7 +67,7 @@ class SharedKV:
         plan = plan_of(vllm_config.model_config.hf_config)
         size = vllm_config.parallel_config.pipeline_parallel_size
         check_stages(plan, [get_pp_indices(plan.num_layers, rank, size) for rank in range(size)])
-        with _reading_sources(plan):
+        with reading_sources(plan):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.followers = frozenset(plan.followers)
         assert isinstance(self, nn.Module)
@@ -97,7 +97,7 @@ class SharedKV:
 
 
 @contextmanager
-def _reading_sources(plan: SharingPlan) -> Iterator[None]:
+def reading_sources(plan: SharingPlan) -> Iterator[None]:
     """Attention layers that are made meanwhile read the cache of their source."""
     original = Attention.__init__
 
