@@ -98,7 +98,7 @@ def vllm_tokens(
 
 
 @torch.no_grad()
-def own_tokens(folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, batch: int = 16) -> list[list[int]]:
+def own_tokens(folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, batch: int = 64) -> list[list[int]]:
     """What depthkv writes, by argmax and a cache."""
     from transformers import DynamicCache
 
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--written", type=int, default=128, help="of them written")
     parser.add_argument("--limit-bytes", type=int, default=96 * 2**20, help="of the cache, for the throughput")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of the part tokens")
     parser.add_argument("--parts", nargs="+", default=["tokens", "throughput"], choices=["tokens", "throughput"])
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     arguments = parser.parse_args()
@@ -185,7 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         if "tokens" in arguments.parts:
             for dtype, tolerance in DTYPES.items():
-                for name, plan in PLANS.items():
+                for name in arguments.plans:
+                    plan = PLANS[name]
                     folder = f"{work}/{dtype}-{len(plan.leaders)}"
                     apart(export_plan, folder, dtype, plan)
                     prompts = prompts_of(folder, arguments.prompts, arguments.prompt_tokens)
