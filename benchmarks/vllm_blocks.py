@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--limit-bytes", type=int, default=96 * 2**20, help="of the cache, for the throughput")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of the part tokens")
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of the part tokens")
     parser.add_argument("--parts", nargs="+", default=["tokens", "throughput"], choices=["tokens", "throughput"])
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     arguments = parser.parse_args()
@@ -185,7 +186,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as work:
         if "tokens" in arguments.parts:
-            for dtype, tolerance in DTYPES.items():
+            for dtype in arguments.dtypes:
                 for name in arguments.plans:
                     plan = PLANS[name]
                     folder = f"{work}/{dtype}-{len(plan.leaders)}"
@@ -208,7 +209,7 @@ def main() -> None:
                             "kv_bytes": arguments.kv_bytes,
                             "blocks": blocks[0],
                             "block_size": blocks[1],
-                            "tolerance": tolerance,
+                            "tolerance": DTYPES[dtype],
                             "parted": parted,
                             **about,
                         }

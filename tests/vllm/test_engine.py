@@ -142,6 +142,12 @@ def test_chunked_prefill(tmp_path: Path) -> None:
         assert tokens(write(llm, prompts())) == own(folder, prompts())
 
 
+def test_compiled(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "half")
+    with engine(folder, enforce_eager=False) as llm:
+        assert tokens(write(llm, prompts())) == own(folder, prompts())
+
+
 def test_fp8_cache(tmp_path: Path) -> None:
     folder = exported(tmp_path / "half")
     with engine(folder, dtype="bfloat16") as llm:
@@ -170,7 +176,7 @@ def test_lora_requests(tmp_path: Path) -> None:
         return wrapped
 
     plain = own(folder, prompts())
-    adapted(load(folder)[0]).save_pretrained(tmp_path / "lora")
+    adapted(load(folder)[0]).save_pretrained(tmp_path / "lora", save_embedding_layers=False)
     expected = own(folder, prompts(), adapted)
     assert plain != expected
     with engine(folder, enable_lora=True, max_lora_rank=8) as llm:
@@ -216,11 +222,13 @@ def test_tensor_parallel(tmp_path: Path) -> None:
 def test_pipeline_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     folder = exported(tmp_path / "half")
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "2,4")
-    with engine(folder, pipeline_parallel_size=2) as llm:
+    # of an eager model vLLM 0.32 on a CPU leaves a warm-up out that later stages need
+    options = {"pipeline_parallel_size": 2, "enforce_eager": False}
+    with engine(folder, **options) as llm:
         assert tokens(write(llm, prompts())) == own(folder, prompts())
     monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,3")
     with pytest.raises(RuntimeError):  # vLLM's own, after the reason went to its log
-        with engine(folder, pipeline_parallel_size=2):
+        with engine(folder, **options):
             pass
     printed = capfd.readouterr()
     assert "the stages are the layers 0 to 2, 3 to 5" in printed.out + printed.err
