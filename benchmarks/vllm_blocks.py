@@ -37,6 +37,7 @@ PLANS = {
     "7 layers": SharingPlan.from_leaders([0, 5, 9, 13, 18, 22, 26], LAYERS),
 }
 """A quarter of 30 layers are 7.5: every 4th is 8 of them."""
+PARTS = ("blocks", "tokens", "throughput")
 DTYPES = {"bfloat16": 1e-2, "float32": 1e-4}
 """The gap between two logits below which either may win."""
 
@@ -88,13 +89,17 @@ def write(llm: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Any:
     return llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], greedy, use_tqdm=False)
 
 
+def vllm_blocks(folder: str, dtype: str, kv_bytes: int) -> tuple[int, int]:
+    with engine(folder, dtype, kv_bytes, max_model_len=1024) as llm:
+        return num_blocks(llm)
+
+
 def vllm_tokens(
     folder: str, dtype: str, kv_bytes: int, prompts: Sequence[Sequence[int]], new_tokens: int
-) -> tuple[tuple[int, int], list[list[int]]]:
-    """Blocks, and what vLLM writes."""
+) -> list[list[int]]:
+    """What vLLM writes."""
     with engine(folder, dtype, kv_bytes, max_model_len=1024) as llm:
-        written = write(llm, prompts, new_tokens)
-        return num_blocks(llm), [list(output.outputs[0].token_ids) for output in written]
+        return [list(output.outputs[0].token_ids) for output in write(llm, prompts, new_tokens)]
 
 
 @torch.no_grad()
@@ -157,15 +162,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--kv-bytes", type=int, default=2**30, help="of the cache, for blocks and equal tokens")
+    parser.add_argument("--kv-bytes", type=int, default=2**30, help="of the cache, for blocks and tokens")
     parser.add_argument("--requests", type=int, default=32, help="for the throughput")
     parser.add_argument("--context", type=int, default=1024, help="tokens of each of them, read and written")
     parser.add_argument("--written", type=int, default=128, help="of them written")
     parser.add_argument("--limit-bytes", type=int, default=96 * 2**20, help="of the cache, for the throughput")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of the part tokens")
+    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of blocks and tokens")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES), help="of the part tokens")
-    parser.add_argument("--parts", nargs="+", default=["tokens", "throughput"], choices=["tokens", "throughput"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))
@@ -185,6 +190,24 @@ def main() -> None:
                 stream.write(json.dumps(line) + "\n")
 
     with tempfile.TemporaryDirectory() as work:
+        if "blocks" in arguments.parts:
+            for name in arguments.plans:
+                folder = f"{work}/blocks-{len(PLANS[name].leaders)}"
+                apart(export_plan, folder, "bfloat16", PLANS[name])
+                blocks, size = apart(vllm_blocks, folder, "bfloat16", arguments.kv_bytes)
+                report(
+                    {
+                        "part": "blocks",
+                        "plan": name,
+                        "leaders": len(PLANS[name].leaders),
+                        "num_layers": LAYERS,
+                        "dtype": "bfloat16",
+                        "kv_bytes": arguments.kv_bytes,
+                        "blocks": blocks,
+                        "block_size": size,
+                        **about,
+                    }
+                )
         if "tokens" in arguments.parts:
             for dtype in arguments.dtypes:
                 for name in arguments.plans:
@@ -193,7 +216,7 @@ def main() -> None:
                     apart(export_plan, folder, dtype, plan)
                     prompts = prompts_of(folder, arguments.prompts, arguments.prompt_tokens)
                     given = (prompts, arguments.new_tokens)
-                    blocks, theirs = apart(vllm_tokens, folder, dtype, arguments.kv_bytes, *given)
+                    theirs = apart(vllm_tokens, folder, dtype, arguments.kv_bytes, *given)
                     mine = apart(own_tokens, folder, *given)
                     parted = apart(gaps, folder, prompts, mine, theirs)
                     report(
@@ -206,9 +229,6 @@ def main() -> None:
                             "prompts": len(prompts),
                             "prompt_tokens": arguments.prompt_tokens,
                             "new_tokens": arguments.new_tokens,
-                            "kv_bytes": arguments.kv_bytes,
-                            "blocks": blocks[0],
-                            "block_size": blocks[1],
                             "tolerance": DTYPES[dtype],
                             "parted": parted,
                             **about,
