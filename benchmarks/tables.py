@@ -20,6 +20,7 @@ import gpu_tables
 import joint_tables
 import scale_tables
 import serve_tables
+import vllm_tables
 
 RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
 GROUPS = {
@@ -377,6 +378,7 @@ for name, module in {
     "joint.jsonl": joint_tables,
     "scale.jsonl": scale_tables,
     "serve.jsonl": serve_tables,
+    "vllm.jsonl": vllm_tables,
 }.items():
     TABLES |= {table_name: functools.partial(of_lines, name, made) for table_name, made in module.TABLES.items()}
 README_TABLES = {n: functools.partial(of_lines, "gpu.jsonl", made) for n, made in gpu_tables.README_TABLES.items()}

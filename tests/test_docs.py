@@ -442,6 +442,11 @@ def test_router_has_the_documented_keys(here: Path) -> None:
     assert found == documented("router")
 
 
+def test_export_has_the_documented_keys(here: Path) -> None:
+    assert main(shlex.split("export adapted --out exported --json x.json")) == 0
+    assert keys_of(json.loads(Path("x.json").read_text())) == documented("export")
+
+
 def test_merge_heads_has_the_documented_keys(here: Path) -> None:
     assert main(shlex.split("merge-heads builtin:smollm2-135m --kv-heads 1 --out merged --json m.json")) == 0
     assert keys_of(json.loads(Path("m.json").read_text())) == documented("merge-heads")

@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import DepthKVError
+from depthkv.export import lacks_follower_kv
 from depthkv.memory import measured_cache_bytes
 from depthkv.peak import read_peak, start_peak
 from depthkv.plan import SharingPlan
@@ -91,7 +92,8 @@ class BenchResult:
     """Of the shared arm."""
     config: BenchConfig
     samples: dict[str, tuple[Sample, ...]]
-    """By arm, in the order measured; sample i of both arms ran side by side. None of an arm that ran out of memory."""
+    """By arm of `ARMS`, in the order measured; sample i of both ran side by side. None of an arm that ran out of
+    memory."""
     machine: dict[str, Any]
     """Device, threads, versions, dtype."""
     work: Mapping[str, Mapping[str, Work]] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class BenchResult:
     @property
     def out_of_memory(self) -> tuple[str, ...]:
         """Arms that needed more memory than there is."""
-        return tuple(arm for arm in ARMS if not self.samples[arm])
+        return tuple(arm for arm, samples in self.samples.items() if not samples)
 
     def median(self, arm: str, field: str) -> float | None:
         """None where the field could not be measured."""
@@ -119,7 +121,7 @@ class BenchResult:
 
     def ratio(self, field: str) -> float | None:
         """Median over the repeats of shared / full: a pair ran side by side, so drift of the machine cancels."""
-        if self.out_of_memory:
+        if self.out_of_memory or "full" not in self.samples:
             return None
         pairs = zip(self._values("shared", field), self._values("full", field), strict=True)
         ratios = [shared / full for shared, full in pairs if full]
@@ -136,7 +138,7 @@ class BenchResult:
         """Medians, `NAME_min` and `NAME_max` beside them, all null in an arm with `"out_of_memory": true`."""
         fields = [name for name in Sample.__dataclass_fields__]
         arms: dict[str, dict[str, Any]] = {}
-        for arm in ARMS:
+        for arm in self.samples:
             arms[arm] = {}
             for name in fields:
                 low, high = self.spread(arm, name) or (None, None)
@@ -196,7 +198,7 @@ def bench_grid(
     for plan in plans:
         for config in configs:
             cells.append(bench(model, plan, config, progress))
-            if len(cells[0].out_of_memory) == len(ARMS):
+            if len(cells[0].out_of_memory) == len(cells[0].samples):
                 raise DepthKVError(
                     f"expected enough memory for {config.prompt_tokens} + {config.new_tokens} tokens with a batch size "
                     f"of {config.batch_size}, got out of memory with the full and the shared cache"
@@ -209,12 +211,16 @@ def bench(
 ) -> BenchResult:
     """Measure `model` as it is and under `plan`, which may be a recipe, in turns. `progress` is called with 1 after
     each of `2 * (config.repeats + 1)` runs. An arm that runs out of memory has no samples and is not tried again.
+    Of an export without followers' K and V there is only the arm "shared".
 
     Raises:
         PlanError: the plan does not fit, or the model is shared already.
         UnsupportedModelError: as for `share`.
     """
-    samples, work = bench_arms(model, {"full": None, "shared": plan}, config, progress)
+    arms: dict[str, How | None] = {"full": None, "shared": plan}
+    if lacks_follower_kv(find_decoder(model).config):
+        del arms["full"]
+    samples, work = bench_arms(model, arms, config, progress)
     device = _device(model)
     return BenchResult(
         how=plan,

@@ -30,6 +30,15 @@ from transformers import (
 
 from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress
 from depthkv.errors import CheckpointError, PlanError
+from depthkv.export import (
+    EXPORT_KEY,
+    TYPE_PREFIX,
+    VARIANT,
+    exported_config,
+    is_export,
+    lacks_follower_kv,
+    remove_follower_kv,
+)
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
@@ -42,6 +51,7 @@ __all__ = [
     "load_tokenizer",
     "require_replaceable",
     "save",
+    "write_plan",
     "written_folder",
 ]
 
@@ -56,7 +66,7 @@ _BASE = "base"
 # Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
 _OWN_FILES = (
     "config.json generation_config.json plan.json adapter_config.json adapter_model.safetensors "
-    "model.safetensors model-*.safetensors *.index.json base "
+    "model.safetensors model-*.safetensors model.depthkv*.safetensors *.index.json *.index.depthkv.json base "
     "pytorch_model*.bin tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
     "chat_template.* vocab.json vocab.txt merges.txt spiece.model"
 ).split()
@@ -74,6 +84,7 @@ def load(
 
     The plan is not applied: `share(model, plan)` does that. Where `name` is the folder of an adapter
     (`depthkv.adapt.adapters`), its base is loaded and wrapped; the adapter is on while layers share, and off otherwise.
+    An export (`depthkv.export`) whose followers have no K and V weights runs under `share` with its plan only.
 
     Args:
         name: a folder (also of an adapter), a .gguf file, `builtin:NAME` or a hub id.
@@ -111,7 +122,9 @@ def load(
             kwargs["device_map"] = device_map
     elif torch_dtype == "auto":
         torch_dtype = torch.float32
-    with _reading(location.name):
+    if is_export(config):
+        kwargs["variant"] = VARIANT
+    with _reading(location.name), _quiet(lacks_follower_kv(config)):
         model, report = AutoModelForCausalLM.from_pretrained(
             location.folder,
             config=config,
@@ -120,8 +133,9 @@ def load(
             output_loading_info=True,
             **kwargs,
         )
-        tokenizer = _read_tokenizer(location, trust_remote_code)
-    if missing := sorted(report["missing_keys"]):
+        tokenizer = _read_tokenizer(location, trust_remote_code, config)
+    removed = remove_follower_kv(model, plan) if plan is not None and lacks_follower_kv(config) else set()
+    if missing := sorted(set(report["missing_keys"]) - removed):
         raise CheckpointError(f"expected weights for all parameters in {location.name}, got none for {missing[0]}")
     if location.gguf_file is not None:
         _repair_gguf(model, tokenizer)
@@ -173,8 +187,9 @@ def load_tokenizer(
     """
     name = builtin_adapter(name)
     location = locate(_adapter_base(name) or name, progress)
+    config = _read_config(location, trust_remote_code)
     with _reading(location.name):
-        tokenizer: PreTrainedTokenizerBase = _read_tokenizer(location, trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = _read_tokenizer(location, trust_remote_code, config)
     return tokenizer
 
 
@@ -203,10 +218,12 @@ def save(
     require_replaceable(Path(directory))
     if plan is not None:
         _require_layers(plan, model.config, str(directory))
+    if lacks_follower_kv(model.config):
+        raise CheckpointError("expected a model with all its weights to save, got an export without followers' K and V")
     with written_folder(directory) as work:
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        _write_plan(work, model.config, plan, provenance)
+        write_plan(work, model.config, plan, provenance)
 
 
 @contextlib.contextmanager
@@ -242,13 +259,30 @@ def _read_config(location: Location, trust_remote_code: bool) -> PreTrainedConfi
     with _reading(location.name):
         if location.prepared is not None and location.prepared.is_dir():
             return AutoConfig.from_pretrained(location.prepared, local_files_only=True)
+        if location.gguf_file is None:
+            values, _ = PreTrainedConfig.get_config_dict(location.folder, **location.kwargs)
+            if (config := exported_config(values)) is not None:
+                return config
         return AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
 
 
-def _read_tokenizer(location: Location, trust_remote_code: bool) -> Any:
+def _read_tokenizer(location: Location, trust_remote_code: bool, config: PreTrainedConfig) -> Any:
     if location.prepared is not None and location.prepared.is_dir():
         return AutoTokenizer.from_pretrained(location.prepared, local_files_only=True)
-    return AutoTokenizer.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+    kwargs = location.kwargs | ({"config": config} if is_export(config) else {})  # its model type is depthkv's own
+    return AutoTokenizer.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **kwargs)
+
+
+@contextlib.contextmanager
+def _quiet(expected: bool) -> Iterator[None]:
+    """No table of missing weights on stderr where they are known to be missing."""
+    before = transformers.logging.get_verbosity()
+    if expected:
+        transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager
@@ -389,10 +423,10 @@ def _require_layers(plan: SharingPlan, config: PreTrainedConfig, name: str) -> N
         raise CheckpointError(f"expected a plan for the {num_layers} layers of {name}, got one for {plan.num_layers}")
 
 
-def _write_plan(
+def write_plan(
     work: Path, config: PreTrainedConfig, plan: SharingPlan | None, provenance: Mapping[str, Any] | None
 ) -> None:
-    """The plan goes into the written config.json, not into the live config: saving must not change the model."""
+    """Write plan.json, and the plan into config.json, not into the live config: saving must not change the model."""
     path = work / "config.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     if plan is not None:
@@ -401,6 +435,8 @@ def _write_plan(
         SharingPlan(plan.kv_source_layers, provenance=merged).save(work / "plan.json")
     elif _KEY not in getattr(type(config), "__annotations__", {}):  # there it is the architecture's own field
         written.pop(_KEY, None)
+    if not str(written.get("model_type")).startswith(TYPE_PREFIX):  # what was loaded from an export is none any more
+        written.pop(EXPORT_KEY, None)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

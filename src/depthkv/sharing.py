@@ -20,6 +20,7 @@ from depthkv.cache import fit_cache
 from depthkv.checkpointing import is_checkpointed, refuse_reentrant_checkpointing, run_step
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import PlanError
+from depthkv.export import require_kv
 from depthkv.patches import Patches, adapter_switch, by_name, guarded, patch_layers, patch_tail
 from depthkv.plan import SharingPlan
 from depthkv.routing import RoutingMap, Sampler
@@ -37,6 +38,7 @@ class SharedModel(Patches):
 
     def __init__(self, decoder: Decoder, plan: SharingPlan, switch: Callable[[bool], None] | None = None) -> None:
         check_plan(plan, decoder.kinds)
+        require_kv(decoder, plan.leaders)
         super().__init__(decoder, None if plan.is_full else switch)
         self.plan = plan
         """The plan in force."""
@@ -136,6 +138,7 @@ class Routing(Patches):
         noise: Noise | None = None,
     ) -> None:
         decoder = find_decoder(model)
+        require_kv(decoder, range(decoder.num_layers))
         super().__init__(decoder, adapter_switch(model))
         self.only_in_training = only_in_training
         self.sampler = sampler

@@ -20,6 +20,7 @@ from depthkv.adaptive.router import FixedRouter, Router
 from depthkv.adaptive.steps import PromptStep, TokenStep, attention_forward
 from depthkv.decoder import Decoder
 from depthkv.errors import KVBudgetError, PlanError
+from depthkv.export import require_kv
 from depthkv.memory import measured_cache_bytes
 from depthkv.patches import Patches, by_name, guarded, patch_layers, patch_tail, wants_cache
 from depthkv.plan import SharingPlan
@@ -56,6 +57,7 @@ class AdaptiveModel(Patches):
         ladder = router.ladder or Ladder(decoder.kinds)
         if ladder.kinds != decoder.kinds:
             raise PlanError(f"expected a ladder for the {decoder.num_layers} layers of the model, got one for others")
+        require_kv(decoder, set(router.sources) if isinstance(router, FixedRouter) else range(decoder.num_layers))
         super().__init__(decoder, switch)
         self.router = router
         """What decides in prefill."""

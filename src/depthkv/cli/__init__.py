@@ -17,6 +17,7 @@ import typer
 from depthkv.cli.bench import bench_command
 from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
+from depthkv.cli.export import export_command
 from depthkv.cli.generate import generate_command
 from depthkv.cli.handmade import recipe_command
 from depthkv.cli.heads import merge_heads_command
@@ -63,6 +64,7 @@ app.command("evaluate", short_help="What is lost at several retentions.")(evalua
 app.command("report", short_help="One HTML page of what was measured.")(report_command)
 app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
 app.command("serve", short_help="An OpenAI-compatible server.")(serve_command)
+app.command("export", short_help="A checkpoint that vLLM serves.")(export_command)
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
 
 

@@ -48,7 +48,8 @@ def bench_command(
     Every plan and recipe is measured with every prompt length and batch size, beside what this machine allows
     (roofline).
 
-    Without --plan, --recipe or --retention, the checkpoint's own plan is measured, or every second layer.
+    Without --plan, --recipe or --retention, the checkpoint's own plan is measured, or every second layer. An export
+    without followers' K and V has no full cache to compare with.
     """
     inputs.refuse_both(plan, retention)
     if new_tokens < 2:
@@ -121,7 +122,7 @@ def _cell_table(cell: BenchResult, limits: MachineLimits) -> Any:
     rows = []
     for field, (name, shown) in formats.items():
         row = [name]
-        for arm in ARMS:
+        for arm in cell.samples:
             median, spread = cell.median(arm, field), cell.spread(arm, field)
             if median is None or spread is None:
                 row.append(_NO_MEMORY if arm in cell.out_of_memory else "not measured")
@@ -129,11 +130,13 @@ def _cell_table(cell: BenchResult, limits: MachineLimits) -> Any:
                 row.append(shown(median))
             else:
                 row.append(f"{shown(median)} ({shown(spread[0])} to {shown(spread[1])})")
-        rows.append([*row, _ratio(cell, field)])
+        rows.append([*row, *([_ratio(cell, field)] if "full" in cell.samples else [])])
     roofline = cell.roofline(limits)
     for phase, name in zip(PHASES, ("prompt", "decoding"), strict=True):
-        rows.append([f"{name}, of the limit", *(_share(roofline[arm][f"{phase}_share"]) for arm in ARMS), ""])
-    return table(["median (range)", "full", f"shared: {_kept(cell)}", "shared / full"], rows)
+        shares = [_share(roofline[arm][f"{phase}_share"]) for arm in cell.samples]
+        rows.append([f"{name}, of the limit", *shares, *([""] if "full" in cell.samples else [])])
+    headings = ["median (range)", "full", f"shared: {_kept(cell)}", "shared / full"]
+    return table(headings if "full" in cell.samples else [headings[0], headings[2]], rows)
 
 
 def _grid_table(cells: Sequence[BenchResult], limits: MachineLimits) -> Any:
@@ -153,7 +156,7 @@ def _grid_table(cells: Sequence[BenchResult], limits: MachineLimits) -> Any:
                 _both(cell, "decode_tokens_per_s", lambda value: f"{value:,.1f}"),
                 _both(cell, "cache_bytes", format_bytes),
                 _ratio(cell, "peak_bytes"),
-                " → ".join(_share(roofline[arm]["decode_share"]) for arm in ARMS),
+                " → ".join(_share(roofline[arm]["decode_share"]) for arm in cell.samples),
             ]
         )
     return table(headings, rows, "Medians, full → shared, or shared / full")
@@ -166,7 +169,7 @@ def _kept(cell: BenchResult) -> str:
 
 
 def _both(cell: BenchResult, field: str, shown: Callable[[float], str]) -> str:
-    values = [cell.median(arm, field) for arm in ARMS]
+    values = [cell.median(arm, field) for arm in cell.samples]
     return " → ".join(_NO_MEMORY if value is None else shown(value) for value in values)
 
 

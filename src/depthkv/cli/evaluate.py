@@ -18,6 +18,7 @@ from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate.arms import Arm, plan_arms
 from depthkv.evaluate.intervals import BETTER_THAN_FULL
 from depthkv.evaluate.run import SUITES, EvaluateConfig, Evaluation
+from depthkv.export import lacks_follower_kv
 from depthkv.machine import environment
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
@@ -66,6 +67,8 @@ def evaluate_command(
     With --recipe the first half of each block is read as a prompt and the other half through the cache, under every
     plan, too; each recipe's plan is measured beside it.
 
+    An export without followers' K and V has no full cache: its first plan is what others are compared with.
+
     Perplexity by default. `depthkv report` makes a page of the JSON file.
     """
     inputs.refuse_both(plan, retention)
@@ -97,6 +100,8 @@ def evaluate_command(
             inputs.require_positions(config, settings.prompt_tokens + new_tokens, "--new-tokens and the prompt")
         if "retrieval" in suites:
             inputs.require_positions(config, max(lengths), "--length")
+    if lacks_follower_kv(config) and "agreement" in suites:
+        raise DepthKVError("--suite: expected suites without agreement for an export, which has no full cache, got it")
     asked = _questions(questions)
     texts = {name: inputs.held_out_documents(name, all_text) for name in dict.fromkeys(data)}
     with waiting(f"loading {model}"):
@@ -104,7 +109,7 @@ def evaluate_command(
         work = _prepare(tokenizer, texts, settings, asked, all_text)
     # every figure is compared with the full cache's, so that is measured whether or not it was asked for
     full = SharingPlan.full(len(kinds))
-    arms = plan_arms([full, *plans])
+    arms = plan_arms(plans if lacks_follower_kv(config) else [full, *plans])
     recipe_arms = _recipe_arms(recipes)
     for arm in recipe_arms:
         if {"perplexity", "agreement"} & set(suites) and arm.recipe and _is_idle(arm.recipe, block_size):
@@ -131,7 +136,7 @@ def evaluate_command(
     }
     if own is not None and own.provenance:
         figures["recipe"] = dict(own.provenance)
-    if full not in plans:
+    if full not in plans and full in measured:
         figures["full_cache"] = measured[full]
     write_json(json_file, figures)
     _show(figures)

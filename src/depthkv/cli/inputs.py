@@ -19,6 +19,7 @@ from depthkv.cli.output import show
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document, resolve_data, split_documents
 from depthkv.errors import DepthKVError
+from depthkv.export import lacks_follower_kv
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan
 
@@ -250,10 +251,15 @@ def choose_plans(
     config: PreTrainedConfig,
     kinds: tuple[LayerKind, ...],
 ) -> list[SharingPlan]:
-    """The plans of a retention curve: the file's, or one per retention, or the usual ones and the checkpoint's own."""
+    """The plans of a retention curve: the file's, or one per retention, or the usual ones and the checkpoint's own.
+
+    An export without followers' K and V runs under its own only.
+    """
     refuse_both(path, retentions)
     if path is not None:
         return [read_plan(path, kinds)]
+    if retentions is None and lacks_follower_kv(config):
+        return [choose_plan(None, None, config, kinds, default=1.0)]
     plans = [SharingPlan.for_retention(r, kinds) for r in (retentions or CURVE_RETENTIONS)]
     own = own_plan(config)
     if retentions is None and own is not None and own not in plans:

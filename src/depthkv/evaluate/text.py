@@ -82,7 +82,8 @@ def read_text(
         raise DepthKVError(f"expected prompts of 1 to {blocks.shape[1] - 1} tokens, got {prompt_tokens}")
     first = prompt_tokens or 1
     device = next(model.get_input_embeddings().parameters()).device  # type: ignore[operator]
-    rows = rows_at_once(model, blocks.shape[1], batch_size)
+    with arms[0].applied(model):  # an export runs in no other way
+        rows = rows_at_once(model, blocks.shape[1], batch_size)
     losses: list[list[torch.Tensor]] = [[] for _ in arms]
     top1: list[list[torch.Tensor]] = [[] for _ in arms]
     kl: list[list[torch.Tensor]] = [[] for _ in arms]
