@@ -52,7 +52,7 @@ vllm-env: $(VLLM_VENV)/vllm.stamp
 
 vllm-test: $(VLLM_VENV)/vllm.stamp
 	LD_PRELOAD=$(VLLM_PRELOAD) HF_HUB_OFFLINE=1 PYTHONPATH=tests \
-	    $(VLLM_VENV)/bin/pytest -q -W default --timeout 900 tests/vllm
+	    $(VLLM_VENV)/bin/pytest -q -W default --timeout 900 tests/with_vllm
 
 $(VLLM_VENV)/vllm.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -11,7 +11,7 @@ import re
 import warnings
 
 TESTED = ("0.32",)
-"""Versions of vLLM, major and minor, that tests/vllm passes with."""
+"""Versions of vLLM, major and minor, that tests/with_vllm passes with."""
 
 MODELS = {
     "llama": "LlamaForCausalLM",
