@@ -142,6 +142,9 @@ def test_kept_weights_run_in_every_way(tmp_path: Path, source: Path) -> None:
     save(tmp_path / "plain", kept, tiny_tokenizer())  # what is saved of it is an ordinary checkpoint
     assert "depthkv" not in (tmp_path / "plain" / "config.json").read_text()
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    kept.save_pretrained(tmp_path / "theirs")  # and what transformers itself saves of it, too
+    tiny_tokenizer().save_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(said(load(tmp_path / "theirs")[0], None), said(original, None))
 
 
 def test_adapter_is_merged(tmp_path: Path, source: Path) -> None:
@@ -205,9 +208,16 @@ def test_commands_take_an_export(exported: Path, tmp_path: Path, capsys: pytest.
     for wrong in (["--suite", "agreement"], ["--retention", "1"]):
         assert main(["evaluate", str(exported), "--data", str(text), "--block-size", "32", *wrong]) == 2
         assert re.fullmatch(r"depthkv: .*expected (suites|layer 1).*\n", capsys.readouterr().err)
-    options = ["--data", str(text), "--block-size", "32", "--retention", ".5", "--out", str(tmp_path / "p")]
-    assert main(["plan", str(exported), *options]) == 2
-    assert "expected layer 1 " in capsys.readouterr().err
+    options = ["--data", str(text), "--block-size", "32"]
+    half = ["--retention", ".5"]
+    for command in (
+        ["plan", *options, *half, "--out", "p.json"],
+        ["adapt", *options, "--out", "adapted"],
+        ["router", *options, *half, "--out", "r.safetensors"],
+        ["merge-heads", "--kv-heads", "1", "--out", "merged"],
+    ):
+        assert main([command[0], str(exported), *command[1:]]) == 2
+        assert "expected a model with all its weights, got an export" in capsys.readouterr().err
 
 
 def test_bad_input(tmp_path: Path, source: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +225,8 @@ def test_bad_input(tmp_path: Path, source: Path, exported: Path, capsys: pytest.
     SharingPlan.every(2, 5).save(tmp_path / "five.json")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    out = tmp_path / "out"
+    out, adapted = tmp_path / "out", tmp_path / "adapted"
+    save_adapter(adapted, add_adapter(load(source)[0], LoraSettings(rank=2)), base=str(source), plan=HALF)
     cases: list[tuple[list[object], str]] = [
         ([plain, "--out", out], "expected --plan or --retention"),
         ([source, "--out", source], "expected another folder"),
@@ -224,6 +235,7 @@ def test_bad_input(tmp_path: Path, source: Path, exported: Path, capsys: pytest.
         ([source, "--out", out, "--plan", tmp_path / "none.json"], "none.json"),
         ([source, "--out", out, "--plan", tmp_path / "five.json", "--retention", ".5"], "got both"),
         ([exported, "--out", out], "got an export without followers' K and V"),
+        ([adapted, "--out", source], "expected another folder than that of MODEL's base"),
         ([tmp_path / "nothing", "--out", out], "nothing"),
     ]
     capsys.readouterr()

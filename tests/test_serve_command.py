@@ -21,6 +21,7 @@ import httpx
 
 import depthkv.serve.vllm as vllm
 from depthkv.cli import main
+from depthkv.serve.run import allowed_hosts
 from serving import PLAN
 from tiny import tiny_checkpoint
 
@@ -73,22 +74,26 @@ def test_vllm_is_run_where_it_can_load(
 ) -> None:
     ran: list[tuple[list[str], dict[str, str]]] = []
 
-    def run(line: list[str], env: dict[str, str], check: bool) -> Any:
+    def run(file: str, line: list[str], env: dict[str, str]) -> Any:
+        assert file == "vllm"
         ran.append((line, env))
-        return subprocess.CompletedProcess(line, 3)
+        raise FileNotFoundError
 
     monkeypatch.setattr(vllm, "is_installed", lambda: True)
     plain = tiny_checkpoint(tmp_path / "plain")
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "execvpe", run)
     options = ["--kv-budget", "1MiB", "--max-context", "512", "--api-key", "k", "--max-sequences", "8"]
-    assert main(["serve", str(plain), *options]) == 3
+    assert main(["serve", str(plain), *options]) == 2
     ((line, environment),) = ran
-    expected = f"vllm serve {plain} --host 127.0.0.1 --port 8000 --served-model-name plain --max-num-seqs 8"
+    expected = f"vllm serve {plain} --host 127.0.0.1 --port 8000 --served-model-name plain --dtype auto"
+    expected += " --max-num-seqs 8"
     assert " ".join(line) == f"{expected} --max-model-len 512 --kv-cache-memory-bytes 1048576"
     assert environment["VLLM_API_KEY"] == "k"
-    assert " ".join(line) in capsys.readouterr().err.replace("\n", " ")
+    shown = capsys.readouterr().err.replace("\n", " ")
+    assert " ".join(line) in shown and "expected the program vllm in PATH" in shown
     for options, message in (
-        (["--min-retention", ".5"], "got --min-retention, which the embedded server takes"),
+        (["--min-retention", ".5"], "got --min-retention, which only the embedded server takes"),
+        (["--max-tokens", "7"], "got --max-tokens, which only the embedded server takes"),
         ([], "expected a folder of depthkv export for vLLM"),  # it has a plan, which vLLM would not see
     ):
         assert main(["serve", str(checkpoint), "--engine", "vllm", *options]) == 2
@@ -97,10 +102,56 @@ def test_vllm_is_run_where_it_can_load(
     exported.mkdir()
     (exported / "config.json").write_text('{"model_type": "depthkv_llama", "kv_source_layers": [0, 0]}')
     assert vllm.can_load(str(exported)) and not vllm.can_load("builtin:smollm2-135m")
+    (exported / "config.json").write_text('{"model_type": "depthkv_gemma3_text", "kv_source_layers": [0, 0]}')
+    assert not vllm.can_load(str(exported))
     # what vLLM cannot do is done here
     monkeypatch.setattr("depthkv.serve.run.serve", lambda app, listening, drain: None)
     assert main(["serve", str(checkpoint), "--port", "0"]) == 0
     assert "the embedded server runs" in capsys.readouterr().err and len(ran) == 1
+
+
+def test_signals_reach_vllm(tmp_path: Path) -> None:
+    """It takes the place of the process, so that nothing is left over when that is ended."""
+    plain = tiny_checkpoint(tmp_path / "plain")
+    (tmp_path / "site" / "vllm").mkdir(parents=True)
+    (tmp_path / "site" / "vllm" / "__init__.py").touch()
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho vllm runs as $$\nexec sleep 60\n")
+    program.chmod(0o755)
+    paths = [str(SOURCE), str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment["PATH"] = os.pathsep.join([str(program.parent), os.environ["PATH"]])
+    command = [sys.executable, "-m", "depthkv", "serve", str(plain)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as made:
+        assert made.stdout is not None
+        assert made.stdout.readline() == f"vllm runs as {made.pid}\n"
+        made.terminate()
+        assert made.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "is_open"),
+    [("127.0.0.1", "127.0.0.1", False), ("127.1", "127.0.0.1", False), ("localhost", "127.0.0.1", False),
+     ("0:0:0:0:0:0:0:1", "::1", False), ("0.0.0.0", "0.0.0.0", True), ("::", "::", True)],
+)  # fmt: skip
+def test_foreign_names_are_refused_on_loopback(host: str, address: str, is_open: bool) -> None:
+    hosts = allowed_hosts(host, address)
+    assert hosts is None if is_open else hosts is not None and host in hosts
+
+
+def test_long_contexts_of_longrope_are_refused(tmp_path: Path, capsys: Any) -> None:
+    folder = tiny_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["serve", str(folder), "--engine", "embedded", "--port", "0", "--max-context", "100"]) == 2
+    assert "--max-context: expected at most 64 tokens" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -97,6 +97,16 @@ def test_a_router_chooses() -> None:
         ask(engine, asked[0], kv_retention="adaptive")
 
 
+def test_a_router_beside_others_within_a_budget() -> None:
+    model, asked = tiny_model(eos_token_id=None), prompts(4)
+    router = similarity_router(model, [torch.tensor(prompt) for prompt in asked], 0.5)
+    settings = EngineSettings(kv_budget=6000)
+    with running(model, endless_tokenizer(), PLAN, settings, min_retention=0.25, router=router) as engine:
+        answers = [ask(engine, p, 20, kv_retention=how)[1] for p in asked for how in ("adaptive", 1, "adaptive", 0.5)]
+        assert all(len(answer.tokens) == 20 for answer in answers)
+        assert 0 < engine.metrics.cache_bytes_peak._value.get() <= 6000
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_model(eos_token_id=None)
     (prompt,) = prompts(1)
@@ -112,7 +122,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_choosing() -> None:
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
     random = torch.Generator().manual_seed(0)
-    assert choose(logits, 0, 1, random) == 1
+    assert choose(logits, 0, 1, random) == choose(logits, 1e-40, 1, random) == 1
     drawn = [choose(logits, 1.0, 1.0, random) for _ in range(4000)]
     frequencies = torch.bincount(torch.tensor(drawn), minlength=4) / 4000
     torch.testing.assert_close(frequencies, logits.softmax(0), atol=0.03, rtol=0)
@@ -207,6 +217,15 @@ def test_bounds_of_retention() -> None:
         Depths(kinds, torch.float32, PLAN, 0.75, 0.5)
 
 
+def test_bounds_are_not_rounded_away() -> None:
+    kinds, plan = layer_kinds(tiny_model(num_hidden_layers=8).config), SharingPlan.every(2, 8)
+    for least, most in ((0.3, 1.0), (0.25, 0.35), (0.1, 0.45), (0.3, 0.35), (0.4, 0.4)):
+        depths = Depths(kinds, torch.float32, plan, least, most)
+        for retention in (least, (least + most) / 2, most):
+            leaders = len(set(depths.start(retention)))
+            assert leaders >= 8 * least and (leaders <= 8 * most or leaders - 1 < 8 * least)
+
+
 def test_a_plan_whose_other_layers_have_no_weights() -> None:
     """As exports are: every map keeps to the plan's leaders."""
     model, (prompt,) = tiny_model(eos_token_id=None), prompts(1)
@@ -282,7 +301,7 @@ def test_full_queue() -> None:
             ask(engine, [5], 5)
     for answer in (first, second):  # the engine was stopped
         assert answer.failure is not None and answer.failure.status == 503
-    with pytest.raises(ServerBusyError, match="stopping"):
+    with pytest.raises(ServerStoppedError, match="stopping"):
         ask(engine, [5], 5)
 
 

@@ -115,6 +115,8 @@ def test_a_seed_repeats_an_answer(client: Any) -> None:
         ({"model": "other"}, 404, "expected the model 'tiny', got 'other'", "model"),
         ({"n": 2}, 400, "no n, which this server does not support, got 2", None),
         ({"logprobs": 3}, 400, "no logprobs", None),
+        ({"logprobs": 0}, 400, "no logprobs", None),
+        ({"n": "x" * 10_000}, 400, "x" * 90 + "...", None),
         ({"presence_penalty": 0.5}, 400, "no presence_penalty", None),
         ({"colour": "red"}, 400, "colour: Extra inputs", "colour"),
         ({"prompt": ""}, 400, "at least one token", None),
@@ -151,7 +153,8 @@ def test_malformed_bodies(client: Any, body: str) -> None:
 
 
 def test_a_body_of_unknown_size_is_limited(client: Any) -> None:
-    response = client.post("/v1/completions", content=(b" " * 1000 for _ in range(30)))
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/completions", content=(b" " * 1000 for _ in range(30)), headers=headers)
     assert response.status_code == 413
 
 
@@ -213,6 +216,27 @@ def test_the_page_asks_nobody_else(client: Any) -> None:
         policy = response.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
     assert not re.search(r"<script(?![^>]*src=)|<style|\son\w+=|\sstyle=", client.get("/").text)
+
+
+@pytest.mark.parametrize("file", ["/etc/hostname", "../app.py", "playground.js", "/nowhere"])
+def test_the_page_is_the_page_whatever_is_asked_for(client: Any, file: str) -> None:
+    assert client.get("/", params={"file": file}).content == client.get("/").content
+
+
+def test_without_max_tokens_an_answer_ends_where_the_context_does(client: Any) -> None:
+    long = "w1 " * 995
+    for path, prompt in (("", {"prompt": long}), ("chat/", {"messages": [{"role": "user", "content": long}]})):
+        answer = client.post(f"/v1/{path}completions", json={"model": "tiny", **prompt}).json()
+        assert answer["usage"]["total_tokens"] == 1000
+    assert client.post("/v1/completions", json={"model": "tiny", "prompt": "w1 " * 1000}).status_code == 400
+
+
+def test_other_content_types_are_refused(client: Any) -> None:
+    body = json.dumps({"model": "tiny", "prompt": PROMPT}).encode()
+    for headers in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+        assert client.post("/v1/completions", content=body, headers=headers).status_code == 415
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        assert client.post("/v1/completions", content=body, headers={"content-type": kind}).status_code == 200
 
 
 def test_api_key(engine: Engine) -> None:

@@ -120,6 +120,19 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return most if isinstance(most, int) else None
 
 
+def positions_of_one_rope(config: PreTrainedConfig) -> int | None:
+    """Positions beyond which the rotary embedding of all changes with the longest sequence of a batch; None if none.
+
+    Phi-3's "longrope" takes other factors for long texts, so a sequence would read keys rotated by the former.
+    """
+    config = text_config(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    most = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
 def check_supported(config: PreTrainedConfig) -> None:
     """Refuse models whose layers cannot share, by their config alone.
 

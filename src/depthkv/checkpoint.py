@@ -7,8 +7,6 @@ A model is named by a hub id, a folder, a .gguf file or `builtin:NAME`. Whatever
 from __future__ import annotations
 
 import contextlib
-import errno
-import fnmatch
 import json
 import os
 import re
@@ -39,20 +37,20 @@ from depthkv.export import (
     lacks_follower_kv,
     remove_follower_kv,
 )
+from depthkv.folders import one_line, require_replaceable, written_folder
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
 __all__ = [
     "BUILTIN_ADAPTERS",
     "BUILTIN_MODELS",
+    "adapter_base",
     "builtin_adapter",
     "load",
     "load_config",
     "load_tokenizer",
-    "require_replaceable",
     "save",
     "write_plan",
-    "written_folder",
 ]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -62,14 +60,6 @@ _KEY = "kv_source_layers"
 _ADAPTERS = Path(__file__).parent / "adapters"
 _BASE = "base"
 """What an adapter calls a base model that lies in its own folder."""
-
-# Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
-_OWN_FILES = (
-    "config.json generation_config.json plan.json adapter_config.json adapter_model.safetensors "
-    "model.safetensors model-*.safetensors model.depthkv*.safetensors *.index.json *.index.depthkv.json base "
-    "pytorch_model*.bin tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json "
-    "chat_template.* vocab.json vocab.txt merges.txt spiece.model"
-).split()
 
 
 def load(
@@ -102,7 +92,7 @@ def load(
     torch_dtype = _parse_dtype(dtype)
     device_map = _parse_device(device)
     name = builtin_adapter(name)
-    if (base := _adapter_base(name)) is not None:
+    if (base := adapter_base(name)) is not None:
         from depthkv.adapt.adapters import load_adapter
 
         model, tokenizer, _ = load(
@@ -160,7 +150,7 @@ def load_config(
         CheckpointError: there is no configuration, or it is not that of a decoder-only causal language model.
     """
     name = builtin_adapter(name)
-    if (base := _adapter_base(name)) is not None:
+    if (base := adapter_base(name)) is not None:
         config = load_config(base, trust_remote_code=trust_remote_code, progress=progress)
         plan = _adapter_plan(name, config)
         if plan is not None:
@@ -186,7 +176,7 @@ def load_tokenizer(
         CheckpointError: there is none.
     """
     name = builtin_adapter(name)
-    location = locate(_adapter_base(name) or name, progress)
+    location = locate(adapter_base(name) or name, progress)
     config = _read_config(location, trust_remote_code)
     with _reading(location.name):
         tokenizer: PreTrainedTokenizerBase = _read_tokenizer(location, trust_remote_code, config)
@@ -226,32 +216,6 @@ def save(
         write_plan(work, model.config, plan, provenance)
 
 
-@contextlib.contextmanager
-def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder beside `directory` to write a checkpoint to; it takes the place of `directory` at the end.
-
-    Raises:
-        CheckpointError: `directory` holds something else, or cannot be written; what was there is left as it was.
-    """
-    target = Path(os.path.realpath(Path(directory).expanduser()))
-    require_replaceable(target)
-    work = target.with_name(f".{target.name}.new-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        yield work
-        _replace(target, work)
-    except CheckpointError:
-        raise
-    except Exception as problem:  # safetensors reports a full disk with an exception type of its own
-        full = "No space left" in str(problem) or getattr(problem, "errno", None) == errno.ENOSPC
-        reason = "no space left on the disk" if full else _one_line(problem)
-        raise CheckpointError(f"expected to write the checkpoint {directory}, got {reason}") from problem
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 # Reading
 
 
@@ -263,7 +227,10 @@ def _read_config(location: Location, trust_remote_code: bool) -> PreTrainedConfi
             values, _ = PreTrainedConfig.get_config_dict(location.folder, **location.kwargs)
             if (config := exported_config(values)) is not None:
                 return config
-        return AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+        if is_export(config):  # what transformers saved of a model that was loaded from an export is none any more
+            delattr(config, EXPORT_KEY)
+        return config
 
 
 def _read_tokenizer(location: Location, trust_remote_code: bool, config: PreTrainedConfig) -> Any:
@@ -290,15 +257,10 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as problem:  # damaged files make the libraries below raise almost anything
-        reason = _one_line(problem)
+        reason = one_line(problem)
         if "trust_remote_code" in str(problem):
             reason = "it runs its own Python code, which needs trust_remote_code=True"
         raise CheckpointError(f"expected a readable checkpoint, got {name}: {reason}") from problem
-
-
-def _one_line(problem: BaseException) -> str:
-    text = " ".join(str(problem).split()) or type(problem).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _require_causal(config: PreTrainedConfig, name: str) -> None:
@@ -373,7 +335,7 @@ def builtin_adapter(name: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return _ADAPTERS / text.removeprefix("builtin:") if text in BUILTIN_ADAPTERS else name
 
 
-def _adapter_base(name: str | os.PathLike[str]) -> str | None:
+def adapter_base(name: str | os.PathLike[str]) -> str | None:
     """The model that the adapter in the folder `name` belongs to; None if there is no adapter there."""
     path = Path(name) / "adapter_config.json"
     if not path.is_file() or (Path(name) / "config.json").exists():
@@ -438,32 +400,3 @@ def write_plan(
     if not str(written.get("model_type")).startswith(TYPE_PREFIX):  # what was loaded from an export is none any more
         written.pop(EXPORT_KEY, None)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def require_replaceable(target: Path) -> None:
-    """Refuse folders that `save` would not write to; for a check before hours of work instead of after them."""
-    if target.is_dir():
-        entries = sorted(path.name for path in target.iterdir())
-        if entries and not {"config.json", "adapter_config.json"} & set(entries):
-            raise CheckpointError(f"expected a new, empty or checkpoint folder, got {target}, which holds {entries[0]}")
-    elif target.exists():
-        raise CheckpointError(f"expected a folder to write the checkpoint to, got the file {target}")
-
-
-def _replace(target: Path, work: Path) -> None:
-    """Put `work` in the place of `target`; files that are no checkpoint's move over."""
-    if not target.exists():
-        os.rename(work, target)
-        return
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    os.rename(target, old)
-    try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    for path in sorted(old.iterdir()):
-        own = any(fnmatch.fnmatch(path.name, pattern) for pattern in _OWN_FILES)
-        if not own and not (target / path.name).exists():
-            os.rename(path, target / path.name)
-    shutil.rmtree(old, ignore_errors=True)

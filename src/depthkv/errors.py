@@ -35,3 +35,7 @@ class RecipeError(DepthKVError):
 
 class ServerBusyError(DepthKVError):
     """A server that takes no further request now."""
+
+
+class ServerStoppedError(DepthKVError):
+    """A server that takes no request any more."""

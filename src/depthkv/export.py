@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from depthkv.architectures import FAMILIES, text_config
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import CheckpointError, PlanError, UnsupportedModelError
+from depthkv.folders import require_replaceable, written_folder
 from depthkv.plan import SharingPlan
 
 EXPORT_KEY = "depthkv"
@@ -78,7 +79,7 @@ def export(
     from depthkv.patches import ACTIVE
     from depthkv.sharing import check_plan
 
-    checkpoint.require_replaceable(Path(directory))
+    require_replaceable(Path(directory))
     decoder = find_decoder(model)
     check_plan(plan, decoder.kinds)
     require_kv(decoder, range(decoder.num_layers))
@@ -92,7 +93,7 @@ def export(
         decoder = find_decoder(model)
     removed = () if keep_kv else tuple(f"{name}." for name in _kv_modules(decoder, plan.followers).values())
     weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(removed)}
-    with checkpoint.written_folder(directory) as work:
+    with written_folder(directory) as work:
         model.save_pretrained(work, state_dict=weights, variant=VARIANT)  # type: ignore[operator]
         tokenizer.save_pretrained(work)
         path = work / "config.json"

@@ -135,7 +135,7 @@ def save_adapter(
     Raises:
         CheckpointError: the folder holds something else or cannot be written.
     """
-    from depthkv.checkpoint import written_folder
+    from depthkv.folders import written_folder
     from depthkv.plan import SharingPlan
 
     for config in peft_model.peft_config.values():

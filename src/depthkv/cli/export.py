@@ -9,12 +9,12 @@ import torch
 import typer
 
 from depthkv import __version__
-from depthkv.checkpoint import load, require_replaceable
+from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import naming
 from depthkv.cli.output import command_line, console, show, waiting, write_json
 from depthkv.errors import DepthKVError
-from depthkv.export import check_removable, export, lacks_follower_kv
+from depthkv.export import check_removable, export
 from depthkv.memory import format_bytes, kv_bytes_per_token
 
 
@@ -33,17 +33,13 @@ def export_command(
 
     An adapter is merged. Without --plan or --retention it is the checkpoint's own plan.
     """
-    with naming("--out"):
-        require_replaceable(out)
-        if Path(model).exists() and Path(model).resolve() == out.resolve():
-            raise DepthKVError(f"expected another folder than that of MODEL, got {out}")
+    inputs.require_other_folder(out, model)
     config, kinds = inputs.read_config(model)
     if plan is None and retention is None and inputs.own_plan(config) is None:
         raise DepthKVError(f"expected --plan or --retention for {model}, which has no plan of its own, got neither")
     with naming(model):
         chosen = inputs.choose_plan(plan, retention, config, kinds, default=1.0)
-        if lacks_follower_kv(config):
-            raise DepthKVError("expected a model with all its weights, got an export without followers' K and V")
+        inputs.require_all_weights(config)
         if not keep_kv:
             check_removable(config)
         with waiting(f"loading {model}"):

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from depthkv.architectures import text_config
-from depthkv.checkpoint import load, require_replaceable, save
+from depthkv.checkpoint import load, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
 from depthkv.cli.output import command_line, console, show, waiting, write_json
 from depthkv.compress.heads import check_kv_heads, merge_kv_heads
-from depthkv.errors import DepthKVError
 from depthkv.memory import format_bytes, kv_bytes_per_token
 
 
@@ -29,11 +28,10 @@ def merge_heads_command(
     DIR gets a checkpoint like MODEL with fewer KV heads. It writes worse text than MODEL until `depthkv adapt` has
     trained it.
     """
-    with naming("--out"):
-        require_replaceable(out)
-        if Path(model).exists() and Path(model).resolve() == out.resolve():
-            raise DepthKVError(f"expected another folder than that of MODEL, got {out}")
+    inputs.require_other_folder(out, model)
     config, kinds = inputs.read_config(model)
+    with naming(model):
+        inputs.require_all_weights(config)
     with naming("--kv-heads"):
         check_kv_heads(config, kv_heads)
     with naming(model), waiting(f"loading {model}"):

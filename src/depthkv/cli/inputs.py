@@ -14,12 +14,13 @@ import typer
 from transformers import PreTrainedConfig
 
 from depthkv.architectures import LayerKind, layer_kinds, max_positions
-from depthkv.checkpoint import load_config
+from depthkv.checkpoint import adapter_base, builtin_adapter, load_config
 from depthkv.cli.output import show
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.data import Document, resolve_data, split_documents
 from depthkv.errors import DepthKVError
 from depthkv.export import lacks_follower_kv
+from depthkv.folders import require_replaceable
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan
 
@@ -243,6 +244,21 @@ def choose_plan(
     if retention is None and (own := own_plan(config)) is not None:
         return own
     return SharingPlan.for_retention(default if retention is None else retention, kinds)
+
+
+def require_all_weights(config: PreTrainedConfig) -> None:
+    """Refuse an export whose followers have no K and V weights."""
+    if lacks_follower_kv(config):
+        raise DepthKVError("expected a model with all its weights, got an export without followers' K and V")
+
+
+def require_other_folder(out: Path, model: str) -> None:
+    """Refuse an `--out` that cannot be replaced, or that holds MODEL or the base of the adapter that MODEL is."""
+    with naming("--out"):
+        require_replaceable(out)
+        for what, name in (("MODEL", model), ("MODEL's base", adapter_base(builtin_adapter(model)))):
+            if name is not None and Path(name).exists() and Path(name).resolve() == out.resolve():
+                raise DepthKVError(f"expected another folder than that of {what}, got {out}")
 
 
 def choose_plans(

@@ -82,6 +82,7 @@ def router_command(
         raise DepthKVError(f"--blocks: expected at least 2, got {blocks}")
     config, kinds = inputs.read_config(model)
     with naming(model):
+        inputs.require_all_weights(config)
         inputs.require_positions(config, block_size, "--block-size")
     given = [inputs.read_plan(file, kinds) for file in plan or ()]
     sizes = [min(1.0, max(retention * part, 1e-9)) for part in SIZES]

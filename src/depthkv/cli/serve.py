@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from typing import Annotated
 import typer
 
 from depthkv.adaptive.files import load_router
-from depthkv.architectures import max_positions
+from depthkv.architectures import max_positions, positions_of_one_rope
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option, positive, retention_value
@@ -91,7 +90,11 @@ def serve_command(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise DepthKVError("--api-key: expected printable ASCII, got something else")
     name = name or model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-    own = {"min-retention": min_retention, "max-retention": max_retention, "plan": plan, "router": router}
+    own: dict[str, object] = {"min-retention": min_retention, "max-retention": max_retention}
+    own |= {"plan": plan, "router": router}
+    limits = {"max-queue": (max_queue, 256), "max-tokens": (max_tokens, 512), "max-body": (max_body, "1MiB")}
+    limits |= {"timeout": (timeout, 300.0), "drain": (drain, 60), "device": (device, "auto")}
+    own |= {option: value for option, (value, default) in limits.items() if value != default}
     if _uses_vllm(engine, model, own):
         from depthkv.serve import vllm
 
@@ -100,14 +103,15 @@ def serve_command(
             name=name,
             host=host,
             port=port,
+            dtype=dtype,
             kv_budget=budget,
             max_sequences=max_sequences,
             max_context=max_context,
         )
         show(f"running: {shlex.join(line)}")
         key = {} if api_key is None else {"VLLM_API_KEY": api_key}
-        try:
-            raise typer.Exit(subprocess.run(line, env=os.environ | key, check=False).returncode)
+        try:  # in the place of this process, so that signals reach it
+            os.execvpe(line[0], line, os.environ | key)
         except FileNotFoundError as problem:
             raise DepthKVError("expected the program vllm in PATH, got none") from problem
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
@@ -117,7 +121,7 @@ def serve_command(
     from depthkv.serve.app import create_app
     from depthkv.serve.engine import Engine
     from depthkv.serve.request import EngineSettings
-    from depthkv.serve.run import LOOPBACK, allowed_hosts, bind, serve
+    from depthkv.serve.run import allowed_hosts, bind, serve
 
     with bind(host, port) as listening:
         config, kinds = inputs.read_config(model)
@@ -126,6 +130,12 @@ def serve_command(
         positions = max_positions(config)
         if max_context is not None:
             inputs.require_positions(config, max_context, "--max-context")
+            if (one_rope := positions_of_one_rope(config)) is not None and max_context > one_rope:
+                raise DepthKVError(
+                    f"--max-context: expected at most {one_rope:,} tokens, beyond which this model's rotary embedding "
+                    f"changes for all that run, got {max_context:,}"
+                )
+        positions = min((most for most in (positions, positions_of_one_rope(config)) if most), default=None)
         settings = EngineSettings(
             kv_budget=budget,
             max_sequences=max_sequences,
@@ -145,9 +155,9 @@ def serve_command(
                     max_retention=max_retention,
                     router=chooser,
                 )
-        hosts = allowed_hosts(host)
+        hosts = allowed_hosts(host, listening.getsockname()[0])
         app = create_app(made, name=name, api_key=api_key, max_tokens=max_tokens, max_body=body, hosts=hosts)
-        if api_key is None and host not in LOOPBACK:
+        if api_key is None and hosts is None:
             show(f"anybody who reaches {host} can use this server: --api-key asks for a key")
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         depths, limit = made.depths, "no budget" if budget is None else format_bytes(budget)
@@ -170,7 +180,7 @@ def _uses_vllm(engine: str, model: str, own: Mapping[str, object]) -> bool:
         return True
     why = f"expected a folder of depthkv export for vLLM, got {model}"
     if option is not None:
-        why = f"expected a checkpoint's own plan for vLLM, got {option}, which the embedded server takes"
+        why = f"expected options that vLLM has, too, got {option}, which only the embedded server takes"
     if engine == "vllm":
         raise DepthKVError(why)
     show(f"the embedded server runs, not vLLM: {why}")

@@ -15,7 +15,7 @@ from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
 from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
-from depthkv.checkpoint import load, load_tokenizer, require_replaceable, save
+from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
@@ -25,6 +25,7 @@ from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.evaluate import retention_curve, spread_blocks
 from depthkv.evaluate.qa import evaluate_qa
+from depthkv.folders import require_replaceable
 from depthkv.patches import ADAPTER_SWITCH
 from depthkv.plan import SharingPlan
 from depthkv.qa import Question, collate, encode, read_squad, split_articles
@@ -214,6 +215,8 @@ def adapt_command(
     with naming("--out"):
         require_replaceable(out)
     config, kinds = inputs.read_config(model)
+    with naming(model):
+        inputs.require_all_weights(config)
     num_layers = None
     if equal_cache is not None:
         num_layers = equal_cache_layers(len(kinds), equal_cache)

@@ -18,7 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from depthkv.errors import DepthKVError, ServerBusyError
+from depthkv.errors import DepthKVError, ServerBusyError, ServerStoppedError
 from depthkv.serve import schema
 from depthkv.serve.engine import Engine
 from depthkv.serve.guard import Guard, error
@@ -85,6 +85,10 @@ def create_app(
         chat=engine.codec.chats,
     )
 
+    def most(prompt: Sequence[int]) -> tuple[int, int]:
+        """Tokens that a request may ask for, and those that it gets which does not say."""
+        return max_tokens, max(1, min(max_tokens, engine.settings.max_context - len(prompt)))
+
     @app.get("/health", responses={503: _ERRORS[503]})
     async def health() -> dict[str, str]:
         if not engine.is_alive:
@@ -104,7 +108,7 @@ def create_app(
         _require_model(body, name)
         given = body.prompt
         prompt = await run_in_threadpool(engine.codec.encode, given) if isinstance(given, str) else given
-        request = _request(body, prompt, body.max_tokens or max_tokens, max_tokens)
+        request = _request(body, prompt, body.max_tokens, most(prompt))
         return await _answer(engine, request, body, http, _Completions(name, request, engine.num_layers))
 
     @app.post("/v1/chat/completions", response_model=schema.ChatCompletion, responses=_ANSWERS)
@@ -112,8 +116,7 @@ def create_app(
         _require_model(body, name)
         messages = [message.to_template() for message in body.messages]
         prompt = await run_in_threadpool(engine.codec.encode_chat, messages)
-        asked = body.max_completion_tokens or body.max_tokens or max_tokens
-        request = _request(body, prompt, asked, max_tokens)
+        request = _request(body, prompt, body.max_completion_tokens or body.max_tokens, most(prompt))
         return await _answer(engine, request, body, http, _Chat(name, request, engine.num_layers))
 
     return app
@@ -126,6 +129,8 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(DepthKVError)
     async def refused(http: HttpRequest, problem: DepthKVError) -> Response:
+        if isinstance(problem, ServerStoppedError):
+            return error(503, str(problem), "server_error")
         if isinstance(problem, ServerBusyError):
             return error(429, str(problem), "rate_limit_error", code="server_busy")
         return error(400, str(problem))
@@ -145,12 +150,14 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_files(app: FastAPI) -> None:
-    for path, file in _FILES.items():
-
-        def serve(file: str = file) -> Response:
+    def page(file: str) -> Callable[[], Response]:
+        def serve() -> Response:  # without parameters: they would be read from the query
             return FileResponse(_PAGE / file)
 
-        app.add_api_route(path, serve, include_in_schema=False)
+        return serve
+
+    for path, file in _FILES.items():
+        app.add_api_route(path, page(file), include_in_schema=False)
 
 
 def _require_model(body: schema.Sampling, name: str) -> None:
@@ -158,12 +165,13 @@ def _require_model(body: schema.Sampling, name: str) -> None:
         raise ApiError(404, f"expected the model {name!r}, got {body.model!r}", param="model", code="model_not_found")
 
 
-def _request(body: schema.Sampling, prompt: Sequence[int], asked: int, most: int) -> Request:
-    if asked > most:
+def _request(body: schema.Sampling, prompt: Sequence[int], asked: int | None, limits: tuple[int, int]) -> Request:
+    most, default = limits
+    if asked is not None and asked > most:
         raise DepthKVError(f"expected max_tokens of at most {most}, got {asked}")
     return Request(
         prompt=prompt,
-        max_tokens=asked,
+        max_tokens=asked or default,
         listener=lambda event: None,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,

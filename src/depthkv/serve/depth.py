@@ -75,6 +75,7 @@ class Depths:
             )
         self.ladder = Ladder(self.kinds) if plan is None else Ladder.of(plan, self.kinds)
         self._fewest = max(math.ceil(min_retention * len(self.kinds) - 1e-9), len(self.ladder.required))
+        self._most = max(math.floor(max_retention * len(self.kinds) + 1e-9), self._fewest)
 
     def start(self, retention: float) -> Sources:
         """The map that a request of this retention begins with.
@@ -92,13 +93,16 @@ class Depths:
         if self.plan is not None and retention == self.plan.retention:
             return self.plan.kv_source_layers
         even = SharingPlan.for_retention(retention, self.kinds)
+        wanted = min(max(len(even.leaders), self._fewest), self._most)
+        if len(even.leaders) != wanted:  # rounded across a bound
+            even = SharingPlan.for_retention(wanted / len(self.kinds), self.kinds)
         for known in () if self.plan is None else (self.plan, *self.ladder.plans):
-            if len(known.leaders) == len(even.leaders) and set(known.leaders) <= set(self.top):
+            if len(known.leaders) == wanted and set(known.leaders) <= set(self.top):
                 return known.kv_source_layers
-        if set(even.leaders) <= set(self.top):
+        if len(even.leaders) == wanted and set(even.leaders) <= set(self.top):
             return even.kv_source_layers
         sources = self.top
-        while len(set(sources)) > len(even.leaders) and (below := self.ladder.smaller(sources)) is not None:
+        while len(set(sources)) > wanted and (below := self.ladder.smaller(sources)) is not None:
             sources = below
         return sources
 

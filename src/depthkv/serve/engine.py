@@ -21,13 +21,13 @@ from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.ladder import Sources
 from depthkv.decoder import Decoder, find_decoder
-from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
+from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError, ServerStoppedError
 from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
 from depthkv.serve.metrics import Metrics
 from depthkv.serve.ragged import RaggedModel, SequenceCache, joint_step
 from depthkv.serve.request import ADAPTIVE, EngineSettings, Failure, Progress, Request
-from depthkv.serve.text import Codec, Writer, choose
+from depthkv.serve.text import Codec, Writer, choose, end_tokens
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Engine:
         self.codec = Codec(tokenizer)
         self.metrics = Metrics()
         self.metrics.budget_bytes.set(self.settings.kv_budget or 0)
-        self._ends = _end_tokens(self.model, tokenizer)
+        self._ends = end_tokens(self.model, tokenizer)
         self._router = RequestRouter(self.depths, router)
         self._handle = RaggedModel.of(self.model, self._router)
         self._waiting: deque[Request] = deque()
@@ -144,11 +144,12 @@ class Engine:
         Raises:
             DepthKVError: what `check` refuses.
             ServerBusyError: too many wait already.
+            ServerStoppedError: it ends or has ended.
         """
         self.check(request)
         with self._changed:
             if self._is_stopping:
-                raise ServerBusyError("expected a running server, got one that is stopping")
+                raise ServerStoppedError("expected a running server, got one that is stopping")
             if len(self._waiting) >= self.settings.max_queue:
                 raise ServerBusyError(f"expected at most {self.settings.max_queue} waiting requests, got one more")
             self._waiting.append(request)
@@ -159,6 +160,10 @@ class Engine:
         """Nobody listens any more: its room is free after the present step. Harmless for what has ended."""
         with self._changed:
             request.is_cancelled = True
+            if request in self._waiting:  # it leaves the queue at once, which others may want to join
+                self._waiting.remove(request)
+                self.metrics.requests.labels("cancelled").inc()
+                self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
     def stop(self) -> None:
@@ -247,7 +252,9 @@ class Engine:
         self._apply(needs[:-1])
         self.metrics.given_up.inc(len(set(start)) - len(set(needs[-1].sources)))
         with self._changed:
-            self._waiting.popleft()
+            if request not in self._waiting:  # cancelled meanwhile
+                return
+            self._waiting.remove(request)
             self.metrics.waiting.set(len(self._waiting))
         try:
             self._begin(request, needs[-1].sources)
@@ -261,7 +268,10 @@ class Engine:
         room = self.depths.num_bytes(sources, len(request.prompt))
         self._handle.budget = KVBudget(sequence=room if adaptive and self.settings.kv_budget is not None else None)
         self._router.choose(None if adaptive else sources)
-        logits, cache = self._prefill(request.prompt)
+        try:
+            logits, cache = self._prefill(request.prompt)
+        finally:
+            self._handle.budget = KVBudget()  # of this prompt alone; steps are fitted before they run
         if adaptive:
             while len(set(cache.sources)) > len(set(sources)) and (below := self.depths.smaller(cache.sources)):
                 cache.assign(below)
@@ -291,7 +301,9 @@ class Engine:
             if self.depths.fit(needs, self.settings.kv_budget):
                 break
             # a router chose a map that cannot be made as small as was reserved: the budget holds all the same
-            last = self._running.pop()
+            chosen = [r for r in self._running if r.request.kv_retention == ADAPTIVE] or self._running
+            last = chosen[-1]
+            self._running.remove(last)
             self._fail(last.request, Failure(status=503, message="expected room for the answer, got none"))
         if not self._running:
             return
@@ -388,10 +400,3 @@ def _has_kv(decoder: Decoder, layer: int) -> bool:
     """Whether the layer has weights for keys and values; an export leaves out those of followers."""
     name = decoder.family.fused or decoder.family.k_proj
     return any(True for _ in getattr(decoder.attention(layer), name).parameters())
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Those of `generate()`, or the tokenizer's where there are none."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])

@@ -77,6 +77,9 @@ class Guard:
                 return error(
                     401, "expected the server's API key as a bearer token, got none or another", code="api_key"
                 )
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":  # others a foreign page could send unasked
+            return error(415, f"expected the content type application/json, got {kind[:100] or 'none'}")
         too_large = error(413, f"expected a body of at most {self._max_body:,} bytes, got a larger one")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body:

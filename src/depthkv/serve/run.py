@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 from collections.abc import Sequence
@@ -14,9 +15,16 @@ from depthkv.errors import DepthKVError
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def allowed_hosts(host: str) -> Sequence[str] | None:
-    """Names by which a server on this address may be called; None where others may have their own for it."""
-    return [*LOOPBACK, "[::1]", "["] if host in LOOPBACK else None  # starlette cuts "[::1]:8000" at its first colon
+def allowed_hosts(host: str, address: str) -> Sequence[str] | None:
+    """Names by which a server may be called; None where others may have their own for it.
+
+    Args:
+        host: as the operator says it.
+        address: that it is bound to.
+    """
+    if not ipaddress.ip_address(address).is_loopback:
+        return None
+    return [*LOOPBACK, host, address, "[::1]", "["]  # starlette cuts "[::1]:8000" at its first colon
 
 
 def bind(host: str, port: int) -> socket.socket:

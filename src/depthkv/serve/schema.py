@@ -69,8 +69,12 @@ class Sampling(BaseModel):
         if not isinstance(data, dict):
             return data
         for name in [name for name in _NEUTRAL if name in data and name not in cls.model_fields]:
-            if data[name] is not None and data[name] not in _NEUTRAL[name]:
-                raise ValueError(f"expected no {name}, which this server does not support, got {data[name]!r}")
+            value = data[name]
+            # 0 is False to Python, but as logprobs it asks for something
+            neutral = any(value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in _NEUTRAL[name])
+            if value is not None and not neutral:
+                shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+                raise ValueError(f"expected no {name}, which this server does not support, got {shown}")
         return {name: value for name, value in data.items() if name not in _NEUTRAL}
 
     @field_validator("temperature", "top_p", "kv_retention")
@@ -106,7 +110,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[TextPart]
-    name: str | None = None
+    name: None = Field(None, description="Not supported.")
 
     def to_template(self) -> dict[str, str]:
         """What chat templates take."""

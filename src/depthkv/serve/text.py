@@ -15,6 +15,8 @@ from depthkv.errors import DepthKVError
 _CONTEXT = 6
 """Tokens of the prompt that the first new ones are decoded with: some tokenizers drop the space in front of a text."""
 _HALF = "\N{REPLACEMENT CHARACTER}"
+_COLD = 1e-5
+"""Logits divided by less could leave the numbers of float32."""
 
 
 class Codec:
@@ -88,7 +90,8 @@ class Writer:
         return rest if self.stopped else rest + self._held
 
     def _new_text(self) -> str:
-        before = self._codec.decode(self._tokens[self._start : self._read])
+        # a prompt of tokens can end within a character
+        before = self._codec.decode(self._tokens[self._start : self._read]).rstrip(_HALF)
         return self._codec.decode(self._tokens[self._start :])[len(before) :]
 
     def _hold(self, new: str) -> str:
@@ -110,11 +113,18 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def choose(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """The next token, given its logits `[vocabulary]`; temperature 0 takes the likeliest."""
-    if temperature == 0:
+    """The next token, given its logits `[vocabulary]`; temperature 0, or next to it, takes the likeliest."""
+    if temperature < _COLD:
         return int(logits.argmax())
     ids: Any = None  # these two look at the scores alone
     scores = TemperatureLogitsWarper(float(temperature))(ids, logits[None])
     if top_p < 1:
         scores = TopPLogitsWarper(float(top_p))(ids, scores)
     return int(torch.multinomial(scores[0].softmax(dim=-1), 1, generator=random))
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Those of `generate()`, or the tokenizer's where there are none."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
