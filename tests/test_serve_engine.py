@@ -15,7 +15,7 @@ import families
 from depthkv import SharingPlan
 from depthkv.adaptive.similarity import similarity_router
 from depthkv.architectures import layer_kinds
-from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError
+from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError, ServerStoppedError
 from depthkv.serve.depth import Depths, Need
 from depthkv.serve.engine import Engine
 from depthkv.serve.ragged import joint_step
