@@ -67,7 +67,8 @@ def evaluate_command(
     With --recipe the first half of each block is read as a prompt and the other half through the cache, under every
     plan, too; each recipe's plan is measured beside it.
 
-    An export without followers' K and V has no full cache: its first plan is what others are compared with.
+    An export without followers' K and V has no full cache: its first plan is what others are compared with, and
+    `report` does not take such figures.
 
     Perplexity by default. `depthkv report` makes a page of the JSON file.
     """
