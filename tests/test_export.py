@@ -207,7 +207,7 @@ def test_commands_take_an_export(exported: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     for wrong in (["--suite", "agreement"], ["--retention", "1"]):
         assert main(["evaluate", str(exported), "--data", str(text), "--block-size", "32", *wrong]) == 2
-        assert re.fullmatch(r"depthkv: .*expected (suites|layer 1).*\n", capsys.readouterr().err)
+        assert re.fullmatch(r"depthkv: .*expected (suites|leaders among).*\n", capsys.readouterr().err)
     options = ["--data", str(text), "--block-size", "32"]
     half = ["--retention", ".5"]
     for command in (
@@ -221,7 +221,7 @@ def test_commands_take_an_export(exported: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_bad_input(tmp_path: Path, source: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = tiny_checkpoint(tmp_path / "plain")
+    plain, kept = tiny_checkpoint(tmp_path / "plain"), tiny_checkpoint(tmp_path / "kept")
     SharingPlan.every(2, 5).save(tmp_path / "five.json")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
@@ -231,6 +231,7 @@ def test_bad_input(tmp_path: Path, source: Path, exported: Path, capsys: pytest.
         ([plain, "--out", out], "expected --plan or --retention"),
         ([source, "--out", source], "expected another folder"),
         ([source, "--out", tmp_path / "other"], "which holds notes.txt"),
+        ([source, "--out", kept], "expected a new or empty folder or an earlier export, got"),
         ([source, "--out", out, "--plan", tmp_path / "five.json"], "expected a plan for 4 layers"),
         ([source, "--out", out, "--plan", tmp_path / "none.json"], "none.json"),
         ([source, "--out", out, "--plan", tmp_path / "five.json", "--retention", ".5"], "got both"),

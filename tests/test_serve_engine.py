@@ -217,6 +217,16 @@ def test_bounds_of_retention() -> None:
         Depths(kinds, torch.float32, PLAN, 0.75, 0.5)
 
 
+def test_most_tokens_are_what_fits_with_the_fewest_layers() -> None:
+    depths = Depths(layer_kinds(tiny_model().config), torch.float32, PLAN)
+    assert depths.most_tokens(10, 500, None) == 500
+    for budget in (64 * 10, 64 * 11, 64 * 30 + 63, 64 * 1000):
+        most = depths.most_tokens(10, 500, budget)
+        least = depths.smallest(depths.start(depths.default))
+        assert most == 1 or depths.num_bytes(least, 10 + most - 1) <= budget
+        assert most == 500 or depths.num_bytes(least, 10 + most) > budget
+
+
 def test_bounds_are_not_rounded_away() -> None:
     kinds, plan = layer_kinds(tiny_model(num_hidden_layers=8).config), SharingPlan.every(2, 8)
     for least, most in ((0.3, 1.0), (0.25, 0.35), (0.1, 0.45), (0.3, 0.35), (0.4, 0.4)):
@@ -239,9 +249,9 @@ def test_a_plan_whose_other_layers_have_no_weights() -> None:
         assert (engine.depths.min_retention, engine.depths.max_retention) == (0.25, 0.5)
         assert ask(engine, prompt)[1].tokens == expected
         assert ask(engine, prompt, kv_retention=0.25)[1].tokens == smaller
-    with pytest.raises(DepthKVError, match="weights of 2 layers allow, got 1, with layer 2 among the leaders"):
+    with pytest.raises(DepthKVError, match=r"at most 0\.5, since layer 2 and others have no K and V weights .* got 1"):
         Engine(model, endless_tokenizer(), plan, max_retention=1.0)
-    with pytest.raises(DepthKVError, match="weights of 2 layers allow"):
+    with pytest.raises(DepthKVError, match="at most 0.5, since layer 2"):
         Engine(model, endless_tokenizer())
 
 

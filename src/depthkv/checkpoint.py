@@ -206,6 +206,11 @@ def save(
         CheckpointError: `directory` holds something else, the plan is for another model, the disk is full.
     """
     require_replaceable(Path(directory))
+    if hasattr(model, "merge_and_unload"):
+        raise CheckpointError(
+            "expected a model of transformers to save, got one with an adapter; merge_and_unload() folds it in, "
+            "depthkv.adapt.adapters.save_adapter saves it alone"
+        )
     if plan is not None:
         _require_layers(plan, model.config, str(directory))
     if lacks_follower_kv(model.config):

@@ -63,7 +63,7 @@ def export(
     written into a folder beside `directory` and renamed at the end.
 
     Args:
-        directory: where to; a folder that exists must be empty or hold a checkpoint.
+        directory: where to; a folder that exists must be empty or hold an earlier export, which is replaced.
         model: weights as they are now; neither shared nor routed.
         tokenizer: saved beside it, with its chat template.
         plan: goes into config.json as `kv_source_layers` and into plan.json.
@@ -79,7 +79,7 @@ def export(
     from depthkv.patches import ACTIVE
     from depthkv.sharing import check_plan
 
-    require_replaceable(Path(directory))
+    require_new_or_export(Path(directory))
     decoder = find_decoder(model)
     check_plan(plan, decoder.kinds)
     require_kv(decoder, range(decoder.num_layers))
@@ -109,6 +109,23 @@ def export(
         config["architectures"] = [ARCHITECTURE_PREFIX + architecture]
         path.write_text(json.dumps(config), encoding="utf-8")
         checkpoint.write_plan(work, model.config, plan, provenance)
+
+
+def require_new_or_export(target: Path) -> None:
+    """Refuse folders that hold anything but an earlier export: a checkpoint with all its weights is not replaced.
+
+    Raises:
+        CheckpointError: names what is there.
+    """
+    require_replaceable(target)
+    if target.is_dir() and any(target.iterdir()):
+        path = target / "config.json"
+        try:
+            is_one = str(json.loads(path.read_text(encoding="utf-8")).get("model_type")).startswith(TYPE_PREFIX)
+        except (OSError, ValueError, AttributeError):
+            is_one = False
+        if not is_one:
+            raise CheckpointError(f"expected a new or empty folder or an earlier export, got {target}, a checkpoint")
 
 
 def check_removable(config: PreTrainedConfig) -> None:

@@ -36,6 +36,7 @@ def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
+        _ordinary_modes(work)
         _replace(target, work)
     except CheckpointError:
         raise
@@ -45,6 +46,16 @@ def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"expected to write the checkpoint {directory}, got {reason}") from problem
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _ordinary_modes(work: Path) -> None:
+    """Give safetensors' files, which only their owner may read, the mode that other files have."""
+    probe = work / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in work.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def require_replaceable(target: Path) -> None:

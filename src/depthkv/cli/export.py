@@ -14,7 +14,7 @@ from depthkv.cli import inputs
 from depthkv.cli.inputs import naming
 from depthkv.cli.output import command_line, console, show, waiting, write_json
 from depthkv.errors import DepthKVError
-from depthkv.export import check_removable, export
+from depthkv.export import check_removable, export, require_new_or_export
 from depthkv.memory import format_bytes, kv_bytes_per_token
 
 
@@ -34,6 +34,8 @@ def export_command(
     An adapter is merged. Without --plan or --retention it is the checkpoint's own plan.
     """
     inputs.require_other_folder(out, model)
+    with naming("--out"):
+        require_new_or_export(out)
     config, kinds = inputs.read_config(model)
     if plan is None and retention is None and inputs.own_plan(config) is None:
         raise DepthKVError(f"expected --plan or --retention for {model}, which has no plan of its own, got neither")
@@ -52,6 +54,8 @@ def export_command(
     provenance["adapter_merged"] = is_adapted
     if own is not None and own.provenance:
         provenance["checkpoint"] = dict(own.provenance)
+    if is_adapted and chosen.is_full:
+        show("the adapter, which is meant for sharing, is merged into a checkpoint in which no layer shares")
     with waiting(f"writing {out}"):
         export(out, loaded, tokenizer, chosen, keep_kv=keep_kv, provenance=provenance)
     weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))

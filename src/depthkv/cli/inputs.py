@@ -240,10 +240,22 @@ def choose_plan(
     """One plan: the file's, the retention's, the checkpoint's own, or that of `default`, in this order."""
     refuse_both(path, retention)
     if path is not None:
-        return read_plan(path, kinds)
+        return require_leaders(read_plan(path, kinds), config, str(path))
     if retention is None and (own := own_plan(config)) is not None:
         return own
-    return SharingPlan.for_retention(default if retention is None else retention, kinds)
+    chosen = SharingPlan.for_retention(default if retention is None else retention, kinds)
+    return require_leaders(chosen, config, f"--retention {retention}")
+
+
+def require_leaders(plan: SharingPlan, config: PreTrainedConfig, name: str) -> SharingPlan:
+    """The plan, unless an export left out what its leaders need."""
+    own = own_plan(config)
+    if lacks_follower_kv(config) and own is not None and (lacking := sorted(set(plan.leaders) - set(own.leaders))):
+        raise DepthKVError(
+            f"{name}: expected leaders among those of this export, {list(own.leaders)}, got layer {lacking[0]}, whose "
+            "K and V weights it left out (depthkv export --keep-kv keeps them)"
+        )
+    return plan
 
 
 def require_all_weights(config: PreTrainedConfig) -> None:
@@ -273,10 +285,13 @@ def choose_plans(
     """
     refuse_both(path, retentions)
     if path is not None:
-        return [read_plan(path, kinds)]
+        return [require_leaders(read_plan(path, kinds), config, str(path))]
     if retentions is None and lacks_follower_kv(config):
         return [choose_plan(None, None, config, kinds, default=1.0)]
-    plans = [SharingPlan.for_retention(r, kinds) for r in (retentions or CURVE_RETENTIONS)]
+    plans = [
+        require_leaders(SharingPlan.for_retention(r, kinds), config, f"--retention {r:g}")
+        for r in (retentions or CURVE_RETENTIONS)
+    ]
     own = own_plan(config)
     if retentions is None and own is not None and own not in plans:
         plans.append(own)

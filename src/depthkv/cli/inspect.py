@@ -9,8 +9,9 @@ import typer
 
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, naming, option
-from depthkv.cli.output import console, table, write_json
+from depthkv.cli.output import console, show, table, write_json
 from depthkv.compress.recipe import CacheRecipe
+from depthkv.export import lacks_follower_kv
 from depthkv.inspect_model import Inspection, PlanCost, default_plans, inspect_model, layer_ranges
 from depthkv.memory import format_bytes, parse_bytes
 from depthkv.plan import SharingPlan
@@ -54,6 +55,9 @@ def inspect_command(
         )
     write_json(json_file, {"model": model, **inspection.to_dict()})
     _show_inspection(model, inspection)
+    if lacks_follower_kv(config):
+        own = layer_ranges(SharingPlan(config.kv_source_layers).leaders)
+        show(f"an export: it runs under its own plan, leaders {own}; the rest is said of its original")
 
 
 def _show_inspection(model: str, found: Inspection) -> None:

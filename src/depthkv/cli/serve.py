@@ -113,7 +113,8 @@ def serve_command(
         try:  # in the place of this process, so that signals reach it
             os.execvpe(line[0], line, os.environ | key)
         except FileNotFoundError as problem:
-            raise DepthKVError("expected the program vllm in PATH, got none") from problem
+            why = "expected the program vllm in PATH, got none; --engine embedded needs none"
+            raise DepthKVError(why) from problem
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise DepthKVError(
             f'expected the embedded server\'s packages (pip install "depthkv[serve]"), got no {missing[0]}'
@@ -155,6 +156,11 @@ def serve_command(
                     max_retention=max_retention,
                     router=chooser,
                 )
+        least = made.depths.num_bytes(made.depths.smallest(made.depths.start(made.depths.default)), 2)
+        if budget is not None and budget < least:
+            made.stop()
+            why = f"expected at least {format_bytes(least)}, two tokens with the fewest layers, got {kv_budget}"
+            raise DepthKVError(f"--kv-budget: {why}")
         hosts = allowed_hosts(host, listening.getsockname()[0])
         app = create_app(made, name=name, api_key=api_key, max_tokens=max_tokens, max_body=body, hosts=hosts)
         if api_key is None and hosts is None:

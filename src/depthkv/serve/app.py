@@ -82,12 +82,14 @@ def create_app(
         default_retention=engine.depths.default,
         adaptive=engine.is_adaptive,
         max_context=engine.settings.max_context,
+        max_tokens=max_tokens,
         chat=engine.codec.chats,
     )
 
     def most(prompt: Sequence[int]) -> tuple[int, int]:
         """Tokens that a request may ask for, and those that it gets which does not say."""
-        return max_tokens, max(1, min(max_tokens, engine.settings.max_context - len(prompt)))
+        room = max(1, min(max_tokens, engine.settings.max_context - len(prompt)))
+        return max_tokens, engine.depths.most_tokens(len(prompt), room, engine.settings.kv_budget)
 
     @app.get("/health", responses={503: _ERRORS[503]})
     async def health() -> dict[str, str]:
@@ -138,8 +140,14 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(http: HttpRequest, problem: RequestValidationError) -> Response:
         first = problem.errors()[0]
-        place = "" if first["type"] == "json_invalid" else ".".join(map(str, first["loc"][1:]))
+        # of a field that takes several types, pydantic names the one that it tried, too
+        parts = [part for part in first["loc"][1:] if isinstance(part, int) or part.isidentifier()]
+        if len(parts) > 1 and parts[-1] in ("float", "int", "str", "bool"):
+            parts.pop()
+        place = "" if first["type"] == "json_invalid" else ".".join(map(str, parts))
         message = str(first["msg"]).removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "expected it to be left out, since this server does not support it"
         return error(400, f"{place}: {message}" if place else message, param=place or None)
 
     @app.exception_handler(HTTPException)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ class Depths:
             self.top = plan.kv_source_layers
         if lacking := sorted(set(self.top) - set(can_lead)):
             raise DepthKVError(
-                f"expected a largest retention that the K and V weights of {len(can_lead)} layers allow, got "
-                f"{max_retention:g}, with layer {lacking[0]} among the leaders, which has none"
+                f"expected a largest retention of at most {len(can_lead) / len(self.kinds):g}, since layer "
+                f"{lacking[0]} and others have no K and V weights (an export leaves them out), got {max_retention:g}"
             )
         self.ladder = Ladder(self.kinds) if plan is None else Ladder.of(plan, self.kinds)
         self._fewest = max(math.ceil(min_retention * len(self.kinds) - 1e-9), len(self.ladder.required))
@@ -119,6 +120,14 @@ class Depths:
     def num_bytes(self, sources: Sources, num_tokens: int) -> int:
         """Of a sequence's cache of so many tokens."""
         return map_bytes(sources, self.kinds, self.dtype, num_tokens)
+
+    def most_tokens(self, num_prompt: int, wanted: int, budget: int | None) -> int:
+        """So many tokens after a prompt as the budget has room for with the fewest layers; 1 to `wanted`."""
+        if budget is None:
+            return wanted
+        least = self.smallest(self.start(self.default))
+        sizes = range(num_prompt, num_prompt + wanted)
+        return max(1, bisect_right(sizes, budget, key=lambda tokens: self.num_bytes(least, tokens)))
 
     def fit(self, wanted: Sequence[Need], budget: int | None) -> bool:
         """Lower maps until the whole is within the budget: whoever takes most gives up one leader.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import signal
 import socket
+import sys
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -56,7 +59,18 @@ def server(app: FastAPI, drain_s: int) -> uvicorn.Server:
         timeout_keep_alive=30,
         server_header=False,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """Says what a signal does, and ends without tracebacks of what a second one cut off."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        else:
+            print("finishing what was accepted; Ctrl-C once more cuts it off", file=sys.stderr, flush=True)
+        super().handle_exit(sig, frame)
 
 
 def serve(app: FastAPI, listening: socket.socket, drain_s: int) -> None:

@@ -74,8 +74,15 @@ class Sampling(BaseModel):
             neutral = any(value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in _NEUTRAL[name])
             if value is not None and not neutral:
                 shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
-                raise ValueError(f"expected no {name}, which this server does not support, got {shown}")
+                raise ValueError(f"expected {name} to be left out, since this server does not support it, got {shown}")
         return {name: value for name, value in data.items() if name not in _NEUTRAL}
+
+    @field_validator("kv_retention", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f'expected a share of the layers or "adaptive", got {value}')
+        return value
 
     @field_validator("temperature", "top_p", "kv_retention")
     @classmethod
@@ -206,6 +213,7 @@ class ModelCard(BaseModel):
     default_retention: float
     adaptive: bool
     max_context: int
+    max_tokens: int
     chat: bool
 
 

@@ -29,7 +29,9 @@ async function connect() {
   if (response.status === 401) {
     at("key-label").hidden = false;
     at("key").focus();
-    at("status").textContent = "This server asks for an API key.";
+    at("status").textContent = at("key").value
+      ? "The server did not take this API key."
+      : "This server asks for an API key.";
     return false;
   }
   if (!response.ok) throw new Error(await problem(response));
@@ -40,6 +42,8 @@ async function connect() {
   slider.min = Math.max(1, Math.ceil(card.min_retention * card.num_layers - 1e-6));
   slider.max = Math.floor(card.max_retention * card.num_layers + 1e-6);
   slider.value = Math.round(Math.min(card.default_retention, (card.min_retention + card.max_retention) / 2) * card.num_layers);
+  at("tokens").max = card.max_tokens;
+  at("tokens").value = Math.min(at("tokens").value, card.max_tokens);
   at("adaptive-label").hidden = !card.adaptive;
   at("chat-label").hidden = !card.chat;
   at("status").textContent = "";
@@ -87,7 +91,11 @@ class Panel {
     this.started ??= now;
     this.count += 1;
     this.bytes = piece.depthkv.cache_bytes;
-    this.part("layers").textContent = `${piece.depthkv.retained_layers} of ${piece.depthkv.num_layers}`;
+    const layers = piece.depthkv.retained_layers;
+    this.first ??= layers;
+    this.gaveUp = layers < this.first;
+    const given = this.gaveUp ? ` (${this.first} at first)` : "";
+    this.part("layers").textContent = `${layers} of ${piece.depthkv.num_layers}${given}`;
     this.part("cache").textContent = size(this.bytes);
     this.part("count").textContent = this.count;
     if (this.count > 1) this.part("speed").textContent = (((this.count - 1) * 1000) / (now - this.started)).toFixed(1);
@@ -140,6 +148,13 @@ async function write(panel, share, signal, others) {
   }
 }
 
+function summary(full, shared, gaveUp) {
+  const short = gaveUp ? " Room was short, so layers were given up." : "";
+  if (full === shared) return `Done: both caches are equally large.${short}`;
+  const [which, factor] = full > shared ? ["second", full / shared] : ["first", shared / full];
+  return `Done: the ${which} cache is ${factor.toFixed(2)} times smaller.${short}`;
+}
+
 async function run() {
   if (running || (!card && !(await connect()))) return;
   running = new AbortController();
@@ -161,7 +176,7 @@ async function run() {
   at("status").textContent = stopped
     ? "Stopped."
     : full && shared
-      ? `Done: the second cache is ${(full / shared).toFixed(2)} times smaller.`
+      ? summary(full, shared, panels.some((panel) => panel.gaveUp))
       : "";
 }
 
