@@ -251,7 +251,7 @@ def test_a_plan_whose_other_layers_have_no_weights() -> None:
         assert ask(engine, prompt, kv_retention=0.25)[1].tokens == smaller
     with pytest.raises(DepthKVError, match=r"at most 0\.5, since layer 2 and others have no K and V weights .* got 1"):
         Engine(model, endless_tokenizer(), plan, max_retention=1.0)
-    with pytest.raises(DepthKVError, match="at most 0.5, since layer 2"):
+    with pytest.raises(DepthKVError, match=r"at most 0\.5, since layer 2"):
         Engine(model, endless_tokenizer())
 
 
