@@ -27,7 +27,7 @@ from depthkv.serve.request import Failure, Progress, Request
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/playground.js": "playground.js", "/playground.css": "playground.css"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": schema.ErrorBody} for status in (400, 401, 404, 408, 413, 429, 500, 503, 504)
+    status: {"model": schema.ErrorBody} for status in (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
 }
 
 _ANSWERS = _ERRORS | {200: {"content": {"text/event-stream": {}}, "description": "A stream, where it was asked for."}}
