@@ -45,7 +45,7 @@ ARMS: dict[str, Method] = {
 FULL_RATE, SHARED_RATE = 7e-4, 1e-3
 """Peak learning rates of all weights: with the full cache, and of what has to change more."""
 MARGIN = 1.0
-"""Of the slowest arm's speed: it goes faster when the others are done."""
+"""Of the slowest arm's speed; more than 1 is safe where the others end before it and leave it the GPU."""
 
 
 def prepare(args: argparse.Namespace) -> None:
