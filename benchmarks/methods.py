@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch
 
 from depthkv import RandomCrossLayer, SharingPlan, load
 from depthkv.adapt import AdaptConfig, AdaptResult, StepInfo, adapt
-from depthkv.adapt.adapters import LoraSettings, add_adapter
+from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
 from depthkv.adapt.local import LocalConfig, fit_followers
 from depthkv.adapt.objectives import AttentionMatching, Distillation
 from depthkv.adapt.teacher import FrozenTeacher, SelfTeacher
-from depthkv.architectures import layer_kinds
+from depthkv.architectures import LayerKind, layer_kinds
+from depthkv.checkpoint import save
 from depthkv.data import resolve_data, split_documents, token_blocks
 from depthkv.evaluate import retention_curve, spread_blocks
 from depthkv.samplers import (
@@ -236,8 +237,7 @@ def main() -> None:
         for name, part in (("validation", validation), ("test", test))
     }
     kinds = layer_kinds(base.config)
-    plans = {f"every {k}": SharingPlan.every(k, len(kinds), kinds) for k in (1, 2, 3, 4)}
-    plans["front half"] = SharingPlan.from_leaders(range(len(kinds) // 2), len(kinds), kinds)
+    plans = measured_plans(kinds)
 
     def curves(model: Any, bf16: bool) -> dict[str, dict[str, float]]:
         with torch.autocast("cuda" if "cuda" in args.device else "cpu", torch.bfloat16) if bf16 else nullcontext():
@@ -273,23 +273,33 @@ def main() -> None:
                     "learning_rate": config.learning_rate,
                     "batch_size": config.batch_size,
                     "prob": args.prob or method.prob,
-                    "train_loss": round(sum(result.losses[-50:]) / len(result.losses[-50:]), 4),
+                    "train_loss": train_loss(result),
                     **curves(model, bf16),
                 }
             )
             if args.save is not None:
-                _save(args.save, model, tokenizer, plans["every 2"], args.model, method)
+                save_method(args.save, model, tokenizer, plans["every 2"], args.model, method)
 
 
-def _save(folder: Path, model: Any, tokenizer: Any, plan: SharingPlan, base: str, method: Method) -> None:
-    if method.lora is not None:
-        from depthkv.adapt.adapters import save_adapter
+def measured_plans(kinds: Sequence[LayerKind]) -> dict[str, SharingPlan]:
+    """Every layer, every 2nd to 4th, and the front half."""
+    plans = {f"every {k}": SharingPlan.every(k, len(kinds), kinds) for k in (1, 2, 3, 4)}
+    return plans | {"front half": SharingPlan.from_leaders(range(len(kinds) // 2), len(kinds), kinds)}
 
-        save_adapter(folder, model.to(torch.bfloat16), base=base, plan=plan)
+
+def train_loss(result: AdaptResult) -> float:
+    """Mean of the last 50 steps."""
+    return round(sum(result.losses[-50:]) / len(result.losses[-50:]), 4)
+
+
+def save_method(folder: Path, model: Any, tokenizer: Any, plan: SharingPlan, base: str, method: Method) -> None:
+    """Save a trained model in bf16; where the base's own weights were trained, too, they go beside the adapter."""
+    model = model.to(torch.bfloat16)
+    if method.lora is None:
+        save(folder, model, tokenizer, plan)
     else:
-        from depthkv.checkpoint import save
-
-        save(folder, model.to(torch.bfloat16), tokenizer, plan)
+        base = "base" if method.base_fraction else base
+        save_adapter(folder, model, base=base, tokenizer=tokenizer, plan=plan)
 
 
 if __name__ == "__main__":

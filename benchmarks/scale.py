@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, Method, train_method
+from methods import METHODS, Method, measured_plans, save_method, train_loss, train_method
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from depthkv import SharingPlan, load
 from depthkv.adapt import AdaptConfig, adapt
-from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
+from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.architectures import layer_kinds
-from depthkv.checkpoint import load_tokenizer, save
+from depthkv.checkpoint import load_tokenizer
 from depthkv.data import resolve_data, split_documents, token_blocks
 from depthkv.evaluate import retention_curve, spread_blocks
+from depthkv.files import write_text
 from depthkv.machine import environment
 
 ARMS: dict[str, Method] = {
@@ -99,7 +100,7 @@ def arm(args: argparse.Namespace) -> None:
         **method.recipe,
     }
     speed = _speed(copy.deepcopy(model), train, method, settings, args)
-    _write(out / f"{slug}.speed.json", {"tokens_per_second": speed})
+    write_text(out / f"{slug}.speed.json", json.dumps({"tokens_per_second": speed}), "the speed")
     go = out / "go.json"
     while not go.exists():
         time.sleep(0.2)
@@ -125,11 +126,10 @@ def arm(args: argparse.Namespace) -> None:
         "batch_size": config.batch_size,
         "block_size": config.block_size,
         "seed": args.seed,
-        "train_loss": round(sum(result.losses[-50:]) / len(result.losses[-50:]), 4),
+        "train_loss": train_loss(result),
         "environment": environment(device),
     }
-    kinds = layer_kinds(model.config)
-    plans = _plans(kinds)
+    plans = measured_plans(layer_kinds(model.config))
     row["rank"] = method.lora.rank if method.lora is not None else None
     with torch.autocast(device.type, torch.bfloat16) if config.uses_bf16(device) else nullcontext():
         for part, texts in held.items():
@@ -137,18 +137,8 @@ def arm(args: argparse.Namespace) -> None:
     with (out / "scale.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{args.name}: measured", flush=True)
-    if method.lora is None:
-        save(out / slug, model.to(torch.bfloat16), tokenizer, plans["every 2"])
-    else:  # where the base's own weights were trained, they go beside it
-        base = "base" if method.base_fraction else args.model
-        save_adapter(out / slug, model.to(torch.bfloat16), base=base, tokenizer=tokenizer, plan=plans["every 2"])
+    save_method(out / slug, model, tokenizer, plans["every 2"], args.model, method)
     print(f"{args.name}: saved", flush=True)
-
-
-def _plans(kinds: Any) -> dict[str, SharingPlan]:
-    plans = {f"every {k}": SharingPlan.every(k, len(kinds), kinds) for k in (1, 2, 3, 4)}
-    plans["front half"] = SharingPlan.from_leaders(range(len(kinds) // 2), len(kinds), kinds)
-    return plans
 
 
 def _losses(model: Any, blocks: torch.Tensor, plans: dict[str, SharingPlan]) -> dict[str, float]:
@@ -199,14 +189,8 @@ def run(args: argparse.Namespace) -> None:
     step = args.batch_size * read_blocks(args.text)[0].shape[1]
     tokens = min(args.tokens, int(MARGIN * min(rates.values()) * left)) // step * step
     print(json.dumps({"rates": {n: round(r) for n, r in rates.items()}, "left": left, "tokens": tokens}), flush=True)
-    _write(args.out / "go.json", {"tokens": tokens})
+    write_text(args.out / "go.json", json.dumps({"tokens": tokens}), "the number of tokens")
     sys.exit(max(process.wait() for process in processes))
-
-
-def _write(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(value), encoding="utf-8")
-    temporary.replace(path)
 
 
 def main() -> None:

@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import openai
-import torch
 
 from depthkv.checkpoint import load_tokenizer
-from depthkv.machine import environment
-from serving import FULL_BYTES, MODEL, NAME, NUM_LAYERS, Server, percentile, token_prompts
+from serving import FULL_BYTES, MODEL, NAME, NUM_LAYERS, Server, percentile, token_prompts, write_line
 
 ARMS = {
     "full cache only": (["--min-retention", "1"], 1.0),
@@ -212,15 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     figures = run_client(args) if args.what == "client" else run_load(args)
-    figures |= {
-        "model": MODEL,
-        "dtype": "float32",
-        "environment": environment(torch.device("cpu")),
-        "command": "python " + " ".join(sys.argv),
-    }
-    if args.out is not None:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+    write_line(args.out, figures | {"model": MODEL, "dtype": "float32"})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,7 +23,6 @@ from typing import Any
 import httpx
 import hypothesis
 import schemathesis
-import torch
 from schemathesis.checks import (
     FailureGroup,
     content_type_conformance,
@@ -35,8 +33,7 @@ from schemathesis.checks import (
 from schemathesis.generation import GenerationMode
 
 from depthkv.checkpoint import load, save
-from depthkv.machine import environment
-from serving import MODEL, NAME, Server
+from serving import MODEL, NAME, Server, write_line
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 BODY = {"model": NAME, "prompt": "The state is", "max_tokens": 16, "temperature": 0}
@@ -239,16 +236,7 @@ def main() -> None:
         faults["tracebacks"] = server.stderr().count("Traceback")
     faults["damaged"] = damaged(args.core)
     print(faults["damaged"], faults["tracebacks"])
-    figures = {
-        "run": "faults",
-        "faults": faults,
-        "model": MODEL,
-        "environment": environment(torch.device("cpu")),
-        "command": "python " + " ".join(sys.argv),
-    }
-    if args.out is not None:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+    write_line(args.out, {"run": "faults", "faults": faults, "model": MODEL})
 
 
 if __name__ == "__main__":

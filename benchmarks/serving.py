@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from depthkv.data import resolve_data
+from depthkv.machine import environment
 
 MODEL = "builtin:smollm2-135m-depthkv"
 NAME = "smollm2-135m-depthkv"
@@ -98,6 +102,14 @@ def token_prompts(tokenizer: Any, lengths: Sequence[int], data: str = "builtin:a
         found.append(ids[start : start + length])
         start += length
     return found
+
+
+def write_line(path: Path | None, figures: dict[str, Any]) -> None:
+    """Append figures, and where they are from, to a file of lines, if there is one."""
+    if path is not None:
+        origin = {"environment": environment(torch.device("cpu")), "command": "python " + " ".join(sys.argv)}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(figures | origin) + "\n")
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from depthkv import SharingPlan, load, share
+from depthkv.checkpoint import load_tokenizer
 from depthkv.data import resolve_data, split_documents, token_blocks
 from depthkv.export import export
 from depthkv.machine import environment
@@ -57,7 +58,7 @@ def export_plan(folder: str, dtype: str, plan: SharingPlan) -> None:
 
 def prompts_of(folder: str, number: int, tokens: int) -> list[list[int]]:
     """Token ids of held-out text."""
-    _, tokenizer, _ = load(folder)
+    tokenizer = load_tokenizer(folder)
     held_out = split_documents(resolve_data(TEXT, progress=print))[1]
     blocks = token_blocks(held_out, tokenizer, tokens)
     assert len(blocks) >= number, f"expected {number} blocks of {tokens} tokens, got {len(blocks)}"

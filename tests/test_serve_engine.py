@@ -222,9 +222,9 @@ def test_most_tokens_are_what_fits_with_the_fewest_layers() -> None:
     assert depths.most_tokens(10, 500, None) == 500
     for budget in (64 * 10, 64 * 11, 64 * 30 + 63, 64 * 1000):
         most = depths.most_tokens(10, 500, budget)
-        least = depths.smallest(depths.start(depths.default))
-        assert most == 1 or depths.num_bytes(least, 10 + most - 1) <= budget
-        assert most == 500 or depths.num_bytes(least, 10 + most) > budget
+        assert depths.least == (0,) * 4
+        assert most == 1 or depths.num_bytes(depths.least, 10 + most - 1) <= budget
+        assert most == 500 or depths.num_bytes(depths.least, 10 + most) > budget
 
 
 def test_bounds_are_not_rounded_away() -> None:

@@ -30,10 +30,10 @@ from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress
 from depthkv.errors import CheckpointError, PlanError
 from depthkv.export import (
     EXPORT_KEY,
-    TYPE_PREFIX,
     VARIANT,
     exported_config,
     is_export,
+    is_exported,
     lacks_follower_kv,
     remove_follower_kv,
 )
@@ -402,6 +402,6 @@ def write_plan(
         SharingPlan(plan.kv_source_layers, provenance=merged).save(work / "plan.json")
     elif _KEY not in getattr(type(config), "__annotations__", {}):  # there it is the architecture's own field
         written.pop(_KEY, None)
-    if not str(written.get("model_type")).startswith(TYPE_PREFIX):  # what was loaded from an export is none any more
+    if not is_exported(written):  # what was loaded from an export is none any more
         written.pop(EXPORT_KEY, None)
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")

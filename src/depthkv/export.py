@@ -121,7 +121,7 @@ def require_new_or_export(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         path = target / "config.json"
         try:
-            is_one = str(json.loads(path.read_text(encoding="utf-8")).get("model_type")).startswith(TYPE_PREFIX)
+            is_one = is_exported(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError):
             is_one = False
         if not is_one:
@@ -146,13 +146,18 @@ def check_removable(config: PreTrainedConfig) -> None:
 # Reading
 
 
+def is_exported(values: Mapping[str, Any]) -> bool:
+    """Whether these are the values of an export's config.json."""
+    return str(values.get("model_type")).startswith(TYPE_PREFIX)
+
+
 def exported_config(values: Mapping[str, Any]) -> PreTrainedConfig | None:
     """The config of the original model, with `kv_source_layers`, from an export's config.json; None from another's.
 
     Raises:
         CheckpointError: values that `export` does not write.
     """
-    if not str(values.get("model_type")).startswith(TYPE_PREFIX):
+    if not is_exported(values):
         return None
     facts = values.get(EXPORT_KEY)
     if not isinstance(facts, dict) or not all(isinstance(facts.get(k), str) for k in ("model_type", "architecture")):

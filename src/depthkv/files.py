@@ -36,7 +36,7 @@ def replacing(
         ) as placeholder:
             temporary = Path(placeholder.name)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # temporary files are private otherwise
+        make_ordinary(temporary)  # temporary files are private otherwise
         temporary.replace(target)
     except OSError as error:
         raise error_class(f"expected to write {what} to {Path(path)}, got {error.strerror or error}") from error
@@ -97,7 +97,8 @@ def checked_header(
     return data
 
 
-def _umask() -> int:
+def make_ordinary(path: Path) -> None:
+    """Give a file that only its owner may read the mode that new files have."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from depthkv.errors import CheckpointError
+from depthkv.files import make_ordinary
 
 # Files that belong to a checkpoint and give way when it is replaced; anything else in the folder is kept.
 _OWN_FILES = (
@@ -36,7 +37,8 @@ def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
-        _ordinary_modes(work)
+        for path in work.rglob("*.safetensors"):  # safetensors writes them for their owner alone
+            make_ordinary(path)
         _replace(target, work)
     except CheckpointError:
         raise
@@ -46,16 +48,6 @@ def written_folder(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"expected to write the checkpoint {directory}, got {reason}") from problem
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _ordinary_modes(work: Path) -> None:
-    """Give safetensors' files, which only their owner may read, the mode that other files have."""
-    probe = work / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in work.rglob("*.safetensors"):
-        path.chmod(mode)
 
 
 def require_replaceable(target: Path) -> None:

@@ -49,9 +49,8 @@ def compiled(decoder: Decoder, enabled: bool) -> Iterator[None]:
     A whole layer would be compiled again for every map. All layers share the compiled code of a piece, since their
     weights are inputs of it.
     """
-    attention = [decoder.attention(layer) for layer in range(decoder.num_layers)]
-    layers = decoder.layers if enabled else ()
-    pieces = [child for layer in layers for child in layer.children() if all(child is not a for a in attention)]
+    layers = enumerate(decoder.layers if enabled else ())
+    pieces = [child for i, layer in layers for child in layer.children() if child is not decoder.attention(i)]
     for piece in pieces:
         piece.compile()
     try:

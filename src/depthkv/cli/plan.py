@@ -157,7 +157,6 @@ def plan_command(
     config, kinds = inputs.read_config(model)
     with naming(model):
         inputs.require_all_weights(config)
-    with naming(model):
         if len(set(kinds)) == len(kinds) and "depth" in chosen_axes:
             raise DepthKVError("expected layers that can share, got a model in which every layer is of another kind")
         inputs.require_positions(config, block_size or 512, "--block-size")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -90,12 +91,11 @@ def serve_command(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise DepthKVError("--api-key: expected printable ASCII, got something else")
     name = name or model.rstrip("/").rpartition("/")[2].removeprefix("builtin:")
-    own: dict[str, object] = {"min-retention": min_retention, "max-retention": max_retention}
-    own |= {"plan": plan, "router": router}
-    limits = {"max-queue": (max_queue, 256), "max-tokens": (max_tokens, 512), "max-body": (max_body, "1MiB")}
-    limits |= {"timeout": (timeout, 300.0), "drain": (drain, 60), "device": (device, "auto")}
-    own |= {option: value for option, (value, default) in limits.items() if value != default}
-    if _uses_vllm(engine, model, own):
+    own: dict[str, object] = {"min_retention": min_retention, "max_retention": max_retention, "plan": plan}
+    own |= {"router": router, "max_queue": max_queue, "max_tokens": max_tokens, "max_body": max_body}
+    own |= {"timeout": timeout, "drain": drain, "device": device}
+    defaults = inspect.signature(serve_command).parameters
+    if _uses_vllm(engine, model, [name for name, value in own.items() if value != defaults[name].default]):
         from depthkv.serve import vllm
 
         line = vllm.command(
@@ -128,20 +128,19 @@ def serve_command(
         config, kinds = inputs.read_config(model)
         given = None if plan is None else inputs.read_plan(plan, kinds)
         chooser = None if router is None else load_router(router, kinds)
-        positions = max_positions(config)
+        one_rope = positions_of_one_rope(config)
         if max_context is not None:
             inputs.require_positions(config, max_context, "--max-context")
-            if (one_rope := positions_of_one_rope(config)) is not None and max_context > one_rope:
+            if one_rope is not None and max_context > one_rope:
                 raise DepthKVError(
                     f"--max-context: expected at most {one_rope:,} tokens, beyond which this model's rotary embedding "
                     f"changes for all that run, got {max_context:,}"
                 )
-        positions = min((most for most in (positions, positions_of_one_rope(config)) if most), default=None)
         settings = EngineSettings(
             kv_budget=budget,
             max_sequences=max_sequences,
             max_queue=max_queue,
-            max_context=max_context or min(positions or _LONGEST, _LONGEST),
+            max_context=max_context or min(most for most in (max_positions(config), one_rope, _LONGEST) if most),
             timeout_s=timeout,
         )
         with waiting(f"loading {model}"):
@@ -156,7 +155,7 @@ def serve_command(
                     max_retention=max_retention,
                     router=chooser,
                 )
-        least = made.depths.num_bytes(made.depths.smallest(made.depths.start(made.depths.default)), 2)
+        least = made.depths.num_bytes(made.depths.least, 2)
         if budget is not None and budget < least:
             made.stop()
             why = f"expected at least {format_bytes(least)}, two tokens with the fewest layers, got {kv_budget}"
@@ -174,19 +173,20 @@ def serve_command(
         serve(app, listening, drain)
 
 
-def _uses_vllm(engine: str, model: str, own: Mapping[str, object]) -> bool:
+def _uses_vllm(engine: str, model: str, own: Sequence[str]) -> bool:
+    """Args: engine and model as asked for, and the parameters that were asked for and vLLM does not have."""
     from depthkv.serve import vllm
 
     if engine == "embedded" or (engine == "auto" and not vllm.is_installed()):
         return False
     if not vllm.is_installed():
         raise DepthKVError("expected vLLM to be installed for --engine vllm, got none")
-    option = next((f"--{option}" for option, value in own.items() if value is not None), None)
-    if option is None and vllm.can_load(model):
+    if not own and vllm.can_load(model):
         return True
     why = f"expected a folder of depthkv export for vLLM, got {model}"
-    if option is not None:
-        why = f"expected options that vLLM has, too, got {option}, which only the embedded server takes"
+    if own:
+        option = own[0].replace("_", "-")
+        why = f"expected options that vLLM has, too, got --{option}, which only the embedded server takes"
     if engine == "vllm":
         raise DepthKVError(why)
     show(f"the embedded server runs, not vLLM: {why}")

@@ -117,6 +117,11 @@ class Depths:
             sources = below
         return sources
 
+    @property
+    def least(self) -> Sources:
+        """The last map of a request that asks for nothing."""
+        return self.smallest(self.start(self.default))
+
     def num_bytes(self, sources: Sources, num_tokens: int) -> int:
         """Of a sequence's cache of so many tokens."""
         return map_bytes(sources, self.kinds, self.dtype, num_tokens)
@@ -125,8 +130,7 @@ class Depths:
         """So many tokens after a prompt as the budget has room for with the fewest layers; 1 to `wanted`."""
         if budget is None:
             return wanted
-        least = self.smallest(self.start(self.default))
-        sizes = range(num_prompt, num_prompt + wanted)
+        least, sizes = self.least, range(num_prompt, num_prompt + wanted)
         return max(1, bisect_right(sizes, budget, key=lambda tokens: self.num_bytes(least, tokens)))
 
     def fit(self, wanted: Sequence[Need], budget: int | None) -> bool:

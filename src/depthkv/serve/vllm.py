@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from depthkv.export import TYPE_PREFIX
+from depthkv.export import TYPE_PREFIX, is_exported
 from depthkv.vllm_plugin import MODELS
 
 
@@ -27,9 +27,8 @@ def can_load(model: str) -> bool:
     path = Path(model) / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        name = str(config.get("model_type"))
-        if name.startswith(TYPE_PREFIX):
-            return name.removeprefix(TYPE_PREFIX) in MODELS
+        if is_exported(config):
+            return config["model_type"].removeprefix(TYPE_PREFIX) in MODELS
         return "kv_source_layers" not in config
     except (OSError, ValueError, AttributeError):
         return False
