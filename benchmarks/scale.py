@@ -45,8 +45,6 @@ ARMS: dict[str, Method] = {
 }
 FULL_RATE, SHARED_RATE = 7e-4, 1e-3
 """Peak learning rates of all weights: with the full cache, and of what has to change more."""
-MARGIN = 1.0
-"""Of the slowest arm's speed; more than 1 is safe where the others end before it and leave it the GPU."""
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -187,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
     rates = {path.stem: json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"] for path in speeds}
     left = args.seconds - (time.time() - started)
     step = args.batch_size * read_blocks(args.text)[0].shape[1]
-    tokens = min(args.tokens, int(MARGIN * min(rates.values()) * left)) // step * step
+    tokens = min(args.tokens, int(args.margin * min(rates.values()) * left)) // step * step
     print(json.dumps({"rates": {n: round(r) for n, r in rates.items()}, "left": left, "tokens": tokens}), flush=True)
     write_text(args.out / "go.json", json.dumps({"tokens": tokens}), "the number of tokens")
     sys.exit(max(process.wait() for process in processes))
@@ -211,6 +209,7 @@ def main() -> None:
     all_.add_argument("--tokens", type=int, required=True, help="at most, of each arm")
     all_.add_argument("--seconds", type=float, required=True, help="for everything but the measurements at the end")
     all_.add_argument("--warm-up", type=float, default=90, help="seconds until the speed is known")
+    all_.add_argument("--margin", type=float, default=1.0, help="of the slowest arm's speed; > 1 where others end first")
     all_.set_defaults(run=run)
     for command in (first, one, all_):
         command.add_argument("--model", default="builtin:smollm2-135m")
