@@ -17,13 +17,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint docs vllm-env vllm-test clean FORCE
+.PHONY: help demo test slow lint bench docs vllm-env vllm-test clean FORCE
 
 help:
 	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
 	@echo "make test   the tests, on CPU and without a network"
 	@echo "make slow   the tests that take minutes or download a model"
 	@echo "make lint   ruff and mypy"
+	@echo "make bench  measures docs/results.md again, as far as a CPU can: 85 minutes on 2 quiet cores; make bench ARGS=--list"
 	@echo "make docs   the documentation site, in site/"
 	@echo "make vllm-test  the tests that need vLLM, in $(VLLM_VENV), 3.4 GB (Python 3.11 or newer)"
 	@echo "make clean  remove .venv and caches of tools"
@@ -42,6 +43,11 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Logs and what was done so far lie in bench-out/. schemathesis: for the server's faults.
+bench: $(VENV)/dev.stamp
+	$(BIN)/pip install --quiet schemathesis
+	$(BIN)/python benchmarks/all.py $(ARGS)
 
 # The variable keeps the theme from advertising its successor.
 docs: $(VENV)/dev.stamp

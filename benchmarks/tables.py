@@ -1,9 +1,10 @@
-"""Tables of docs/results.md, made from the raw figures in docs/raw.
+"""Tables and figures of README.md and docs, made from the raw figures in docs/raw.
 
-    python benchmarks/tables.py docs/results.md      # rewrites what lies between its `table:` markers
-    python benchmarks/tables.py README.md
+    python benchmarks/tables.py                      # rewrites what lies between the marks of all pages
+    python benchmarks/tables.py docs/results.md      # of one
 
-A marker is `<!-- table:NAME -->`, the end `<!-- /table -->`, and NAME a function of `TABLES` below.
+A mark is `<!-- table:NAME -->`, the end `<!-- /table -->`, and NAME a function of `TABLES` below. Within a sentence
+`<!-- figure:NAME -->`, the end `<!-- /figure -->`, and NAME one of benchmarks/inline.py.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import compare_tables
+import cpu_tables
 import gpu_tables
+import inline
 import joint_tables
+import planner_tables
 import scale_tables
 import serve_tables
+import training_tables
 import vllm_tables
 
-RAW = Path(__file__).resolve().parent.parent / "docs" / "raw"
-GROUPS = {
-    "untrained": "untrained, ",
-    "peers": "",
-    "default": "default recipe, ",
-    "adapter": "shipped adapter, ",
-}
-"""Files of benchmarks/compare.py, in the order of the table, and what their labels begin with."""
+ROOT = Path(__file__).resolve().parent.parent
+RAW = ROOT / "docs" / "raw"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+"""Where marks may stand."""
 
 
 def read(name: str) -> list[dict[str, Any]]:
@@ -39,163 +41,6 @@ def read(name: str) -> list[dict[str, Any]]:
 def table(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def interval(score: dict[str, Any] | None, digits: int = 1) -> str:
-    if score is None:
-        return ""
-    shown = f"{score['value']:.{digits}f}"
-    if score.get("low") is not None and score["low"] != score["high"]:
-        shown += f" ({score['low']:.{digits}f} to {score['high']:.{digits}f})"
-    return shown
-
-
-def arms() -> list[tuple[str, dict[str, Any]]]:
-    """Label and row of every arm of the comparison, the common full cache once."""
-    found, full_seen = [], False
-    order = list(GROUPS)
-    for figures in sorted(read("compare.jsonl"), key=lambda f: (order.index(f["group"]), f["command"])):
-        for row in figures["rows"]:
-            is_full, group = row["label"] == "full cache", figures["group"]
-            if is_full and group != "default":  # the same model, or one whose adapter is off
-                if not full_seen:
-                    found.append(("full cache", row))
-                full_seen = True
-                continue
-            found.append((GROUPS[group] + row["label"], row))
-    return found
-
-
-def comparison() -> str:
-    rows = []
-    for label, row in arms():
-        cells = [label, f"{row['cache_fraction']:.3f}", interval(row["loss_score"], 2)]
-        cells += [interval(row["agreement"]["top1"]), interval(row["qa"]["f1"]), interval(row["retrieval"]["score"])]
-        rows.append(cells)
-    return table(["cache", "bytes", "loss", "top-1, %", "F1, %", "retrieval, %"], rows)
-
-
-def comparison_texts() -> str:
-    names = [text["data"] for text in arms()[0][1]["texts"]]
-    documents = [str(text["documents"]) for text in arms()[0][1]["texts"]]
-    headings = [f"{name.removeprefix('builtin:')} ({count})" for name, count in zip(names, documents, strict=True)]
-    rows = [[label, *(interval(text["loss"], 2) for text in row["texts"])] for label, row in arms()]
-    return table(["cache", *headings], rows)
-
-
-def positions() -> str:
-    """How much more than the full cache each arm loses, by position, over the kinds of text."""
-    wanted = ("default recipe", "shipped adapter", "StreamingLLM", "quantised")
-    rows, headings = [], []
-    for label, row in arms():
-        if not label.startswith(wanted) or label.endswith("full cache"):
-            continue
-        for text in row["texts"]:
-            if not label.startswith("shipped adapter") or text["data"] == "builtin:anarchism":
-                headings = [f"{p['first']}-{p['last']}" for p in text["positions"]]
-                cells = [f"{p['loss']['difference']:+.2f}" for p in text["positions"]]
-                rows.append([label, text["data"].removeprefix("builtin:"), *cells])
-    return table(["cache", "text", *(f"tokens {heading}" for heading in headings)], rows)
-
-
-def qa() -> str:
-    runs = {run["method"]: run for run in read("qa.jsonl")}
-    order = ["r-cla", "cla@2", "cla@4", "rd-cla@2", "rd-cla@4", "leader-subset", "base"]
-    rows = []
-    for name in order:
-        run = runs[name]
-        cells = [f"{s['f1']:.1f} / {s['exact_match']:.1f} / {s['rouge_l']:.1f}" for s in run["scores"]]
-        rows.append([name, *cells, f"{run['train_loss']:.2f}"])
-    return table(["fine-tuned by", "100 %", "50 %", "25 % (8 of 30)", "training loss"], rows)
-
-
-def bench() -> str:
-    """Every cell of the grid."""
-    (run,) = (run for run in read("bench.jsonl") if run["run"] == "grid")
-    rows = []
-    for cell in run["cells"]:
-        full, limit = cell["arms"]["full"], cell["roofline"]
-        cells = [f"{len(cell['leaders'])} of 30", f"{cell['prompt_tokens']:,} x {cell['batch_size']}"]
-        cells += [f"{full['ttft_s']:.2f} s", f"{cell['ratios']['ttft_s']:.3f}x"]
-        cells += [f"{full['itl_s'] * 1000:.0f} ms", f"{cell['ratios']['itl_s']:.3f}x"]
-        cells += [f"{full['cache_bytes'] / 2**20:.1f} MiB", f"{cell['ratios']['cache_bytes']:.3f}x"]
-        cells += [f"{cell['ratios']['peak_above_start_bytes']:.2f}x"]
-        for phase in ("prefill", "decode"):
-            cells.append(f"{limit['full'][f'{phase}_share']:.0%} / {limit['shared'][f'{phase}_share']:.0%}")
-        rows.append(cells)
-    headings = ["layers kept", "prompt x batch", "TTFT, full", "shared", "between tokens, full", "shared"]
-    headings += ["cache, full", "shared", "memory of the run", "prompt, of the limit", "decoding, of the limit"]
-    return table(headings, rows)
-
-
-PLANNER = {
-    "untrained": "untrained",
-    "leader subsets, all layers": "leader subsets, all layers",
-    "leader subsets, adapter": "leader subsets, adapter",
-    "R-CLA, adapter": "R-CLA, adapter",
-    "shipped adapter": "shipped adapter",
-    "from scratch, leader subsets": "from scratch, 12 layers",
-    "from scratch, leader subsets, validation": "the same, calibrated on held-out text",
-}
-"""Models of benchmarks/planner.py, in the order of the table."""
-
-
-def planner_runs() -> dict[tuple[str, float, bool], dict[str, Any]]:
-    """By model, retention and whether any source was allowed; of several runs the last."""
-    runs = {}
-    for run in read("planner.jsonl"):
-        label = run["label"] + (", validation" if run.get("calibrated_on") == "validation" else "")
-        runs[label, run["retention"], run["any_source"]] = run
-    order = list(PLANNER)
-    return {key: runs[key] for key in sorted(runs, key=lambda key: (order.index(key[0]), -key[1], key[2]))}
-
-
-def excess(run: dict[str, Any], rule: str) -> float:
-    """Held-out loss over the full cache's."""
-    value: float = run["rules"][rule]["held_out"]["value"] - run["full_held_out"]["value"]
-    return value
-
-
-def best_even(run: dict[str, Any]) -> str:
-    """The evenly spaced plan, of all shifts, that is best on the held-out text: the planner does not see that."""
-    return min((rule for rule in run["rules"] if rule.startswith("evenly spaced,")), key=lambda rule: excess(run, rule))
-
-
-def planner() -> str:
-    """Excess loss of evenly spaced plans and of the planner's."""
-    runs = planner_runs()
-    rows = []
-    for label, retention in dict.fromkeys(key[:2] for key in runs):
-        found = {name: runs.get((label, retention, name == "any")) for name in ("nearest", "any")}
-        run = found["any"] or found["nearest"]
-        assert run is not None
-        even, best = excess(run, "evenly spaced, 0"), excess(run, best_even(run))
-        cells = [PLANNER[label], f"{run['rules']['planner']['leaders']}", f"{run['full_held_out']['value']:.2f}"]
-        cells += [f"{even:+.3f}", f"{best:+.3f}"]
-        for name in ("nearest", "any"):
-            cells.append(f"{excess(found[name], 'planner'):+.3f}" if found[name] else "")
-        against = run["rules"]["planner"]["against_even"]
-        cells.append(
-            f"{against['difference']:+.3f} ({against['difference_low']:+.3f} to {against['difference_high']:+.3f})"
-        )
-        own = excess(run, "planner")
-        cells += [f"{1 - own / other:.0%}" if other > 0.001 and own > 0 else "-" for other in (even, best)]
-        rows.append(cells)
-    headings = ["model", "layers kept", "full cache", "evenly spaced", "best shift of these", "planner, nearest source"]
-    headings += ["planner, any source", "less evenly spaced", "less excess", "less than the best shift"]
-    return table(headings, rows)
-
-
-def planner_rules() -> str:
-    """Excess loss of every rule at half of the layers."""
-    runs = planner_runs()
-    names = ["planner", "evenly spaced", "sum of costs, not searched", "random leaders", "K/V similarity only"]
-    names += ["KVSharer: most unlike first", "its reverse: most alike first", "attention outputs only"]
-    labels = [label for label in PLANNER if (label, 0.5, True) in runs]
-    rows = []
-    for name in names:
-        rows.append([name, *(f"{excess(runs[label, 0.5, True], name):+.3f}" for label in labels)])
-    return table(["rule", *(PLANNER[label] for label in labels)], rows)
 
 
 def memory() -> str:
@@ -352,13 +197,6 @@ HEADS = (("heads", "adapt", heads), ("heads-scratch", "scratch", heads_scratch))
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "comparison": comparison,
-    "comparison-texts": comparison_texts,
-    "positions": positions,
-    "qa": qa,
-    "bench": bench,
-    "planner": planner,
-    "planner-rules": planner_rules,
     "memory": memory,
     "adaptive": adaptive,
     "adaptive-sorts": adaptive_sorts,
@@ -381,7 +219,15 @@ for name, module in {
     "vllm.jsonl": vllm_tables,
 }.items():
     TABLES |= {table_name: functools.partial(of_lines, name, made) for table_name, made in module.TABLES.items()}
-README_TABLES = {n: functools.partial(of_lines, "gpu.jsonl", made) for n, made in gpu_tables.README_TABLES.items()}
+
+
+def of_files(made: Callable[[Callable[[str], list[dict[str, Any]]]], tuple[list[str], list[list[str]]]]) -> str:
+    """A table that reads the files that it wants."""
+    return table(*made(read))
+
+
+for module in (compare_tables, cpu_tables, planner_tables, training_tables):
+    TABLES |= {table_name: functools.partial(of_files, made) for table_name, made in module.TABLES.items()}
 
 if (RAW / "heads.jsonl").exists():
     runs = {run["run"] for run in read("heads.jsonl")}
@@ -389,18 +235,26 @@ if (RAW / "heads.jsonl").exists():
 
 
 def fill(document: str) -> str:
-    """The document with every marked table made anew."""
+    """The document with every marked table and figure made anew."""
 
-    def made(match: re.Match[str]) -> str:
-        return f"<!-- table:{match[1]} -->\n{(TABLES | README_TABLES)[match[1]]()}\n<!-- /table -->"
+    def tabulated(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{TABLES[match[1]]()}\n<!-- /table -->"
 
-    return re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- /table -->", made, document, flags=re.DOTALL)
+    def stated(match: re.Match[str]) -> str:
+        return f"<!-- figure:{match[1]} -->{inline.FIGURES[match[1]](read)}<!-- /figure -->"
+
+    document = re.sub(r"<!-- table:([\w-]+) -->\n.*?<!-- /table -->", tabulated, document, flags=re.DOTALL)
+    return re.sub(r"<!-- figure:([\w-]+) -->.*?<!-- /figure -->", stated, document, flags=re.DOTALL)
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+def main(names: Sequence[str]) -> None:
+    for path in [Path(name) for name in names] or PAGES:
+        text = path.read_text(encoding="utf-8")
+        made = fill(text)
+        if made != text:
+            path.write_text(made, encoding="utf-8")
+            print(f"{path.name}: made anew")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,206 @@
+"""Figures within the sentences of README.md and docs: `FIGURES`, by the name in their mark."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from compare_tables import arms
+from cpu_tables import run_of
+from planner_tables import excess, planner_runs
+from training_tables import Read, runs_of
+
+Figure = Callable[[Read], str]
+
+ADAPTED = ("leader subsets, all layers", "leader subsets, adapter", "R-CLA, adapter")
+"""Models of the planner's table that were adapted with random maps."""
+SHIPPED = "shipped adapter"
+
+
+def percent(shares: list[float]) -> str:
+    """The least and the most."""
+    ends = [f"{100 * share:.0f}" for share in (min(shares), max(shares))]
+    return " to ".join(dict.fromkeys(ends)) + " %"
+
+
+def method(name: str, tokens: int, plan: str = "every 1") -> Figure:
+    """Held-out loss of a method of benchmarks/methods.py."""
+    return lambda read: f"{statistics.fmean(run['test'][plan] for run in runs_of(read, name, tokens)):.2f}"
+
+
+def ratio(run: str, field: str, digits: int = 2) -> Figure:
+    """Of `depthkv bench`, to the full cache."""
+    return lambda read: f"{run_of(read, 'bench.jsonl', run)['cells'][0]['ratios'][field]:.{digits}f}x"
+
+
+def demo(run: str, when: str, kept: int) -> Figure:
+    """Loss in the demo, with so many layers."""
+
+    def made(read: Read) -> str:
+        (row,) = (row for row in run_of(read, "demo.jsonl", run)[when] if len(row["leaders"]) == kept)
+        return f"{row['loss']:.2f}"
+
+    return made
+
+
+def demo_minutes(run: str) -> Figure:
+    return lambda read: f"{run_of(read, 'demo.jsonl', run)['seconds']['total'] / 60:.1f}"
+
+
+def demo_tokens(run: str) -> Figure:
+    return lambda read: f"{run_of(read, 'demo.jsonl', run)['training']['tokens']:,}"
+
+
+def cache_mib(run: str, arm: str) -> Figure:
+    return lambda read: f"{run_of(read, 'bench.jsonl', run)['cells'][0]['arms'][arm]['cache_bytes'] / 2**20:.2f} MiB"
+
+
+def less_excess(read: Read) -> Iterator[float]:
+    """By how much less the planner's plans exceed the full cache than evenly spaced ones, on adapted models."""
+    for (label, _, any_source), run in planner_runs(read).items():
+        if label in ADAPTED and any_source:
+            yield 1 - excess(run, "planner") / excess(run, "evenly spaced, 0")
+
+
+def planned(label: str, retention: float, rule: str, digits: int = 1) -> Figure:
+    """Excess loss of a rule on a model."""
+    return lambda read: f"{excess(planner_runs(read)[label, retention, True], rule):.{digits}f}"
+
+
+def shipped_less(retention: float) -> Figure:
+    def made(read: Read) -> str:
+        run = planner_runs(read)[SHIPPED, retention, True]
+        return f"{1 - excess(run, 'planner') / excess(run, 'evenly spaced, 0'):.0%}".replace("%", " %")
+
+    return made
+
+
+def suite(label: str, what: str) -> Figure:
+    """Of the comparison with the peers."""
+
+    def made(read: Read) -> str:
+        row: dict[str, Any] = dict(arms(read))[label]
+        values = {"loss": row["loss_score"], "f1": row["qa"]["f1"], "retrieval": row["retrieval"]["score"]}
+        value = row["cache_fraction"] if what == "bytes" else values[what]["value"]
+        return f"{value:.2f}x" if what == "bytes" else f"{value:.{2 if what == 'loss' else 1}f}"
+
+    return made
+
+
+def default_cost(read: Read) -> str:
+    """What sharing costs the model of the default recipe with half of its layers."""
+    found = dict(arms(read))
+    values = [found[f"default recipe, {name}"]["loss_score"]["value"] for name in ("50% of layers", "full cache")]
+    return f"{values[0] - values[1]:.2f}"
+
+
+def routed(name: str) -> Figure:
+    """Loss of a way to choose the layers, adapted SmolLM2-135M."""
+    return lambda read: f"{read('adaptive.jsonl')[0]['rows'][name]['loss']['value']:.2f}"
+
+
+def vllm(part: str, plan: str, field: str, digits: int) -> Figure:
+    """To the full cache's."""
+
+    def made(read: Read) -> str:
+        runs = {run["plan"]: run[field] for run in read("vllm.jsonl") if run["part"] == part}
+        return f"{runs[plan] / runs['full cache']:.{digits}f}x"
+
+    return made
+
+
+FULL, LOWERED = "full cache only", "from the full cache down to a quarter"
+
+
+def load(field: str, label: str = LOWERED, digits: int = 2) -> Figure:
+    """Of the embedded server: to the full cache's."""
+
+    def made(read: Read) -> str:
+        rows = run_of(read, "serve.jsonl", "load")["rows"]
+        return f"{rows[label][field] / rows[FULL][field]:.{digits}f}x"
+
+    return made
+
+
+def largest(read: Read) -> str:
+    """Throughput of a full memory, as a CUDA graph, with every fourth layer."""
+    rows = [row for row in read("gpu.jsonl") if row["run"] == "largest" and row.get("stack") == "CUDA graph"]
+    rates = {row["plan"]: row["tokens_per_s"] for row in rows if row.get("context") == 8192 and "tokens_per_s" in row}
+    return f"{rates['g=4'] / rates['g=1']:.2f}x"
+
+
+def memory_error(read: Read) -> str:
+    rows = read("memory.jsonl")[-1]["rows"]
+    return f"{100 * max(abs(row['weights_and_cache_error']) for row in rows):.3f} %"
+
+
+def step_ratio(batch: int, arm: str, what: str) -> Figure:
+    def made(read: Read) -> str:
+        (row,) = (row for row in read("train_step.jsonl") if row["batch_size"] == batch)
+        return f"{row[f'{arm}_{what}_ratio']:.3f}x"
+
+    return made
+
+
+def plan_loss(label: str) -> Figure:
+    """Held-out loss in the run of `depthkv plan` that was timed."""
+
+    def made(read: Read) -> str:
+        row = read("plan_time.jsonl")[-1]
+        losses = {found["label"]: found["loss_score"]["value"] for found in row["comparison"]}
+        return f"{(losses | {'full cache': row['held_out_full']['value']})[label]:.2f}"
+
+    return made
+
+
+def plan_predicted(read: Read) -> str:
+    return f"{read('plan_time.jsonl')[-1]['predicted_loss']:.2f}"
+
+
+FIGURES: dict[str, Figure] = {
+    "base-4m": method("base", 4_005_888),
+    "unmerged-ttft": ratio("unmerged adapter", "ttft_s"),
+    "unmerged-decode": ratio("unmerged adapter", "decode_tokens_per_s"),
+    "front-ttft": ratio("front half", "ttft_s"),
+    "cache-full": cache_mib("every 2nd", "full"),
+    "cache-half": cache_mib("every 2nd", "shared"),
+    "cache-quarter": cache_mib("every 4th", "shared"),
+    "demo-minutes": demo_minutes("adapter"),
+    "demo-train-minutes": demo_minutes("train"),
+    "demo-train-tokens": demo_tokens("train"),
+    "untrained-full": demo("adapter", "before", 30),
+    "untrained-half": demo("adapter", "before", 15),
+    "planner-less": lambda read: percent(list(less_excess(read))),
+    "planner-untrained": planned("untrained", 0.5, "planner"),
+    "planner-untrained-even": planned("untrained", 0.5, "evenly spaced, 0"),
+    "planner-shipped-third": shipped_less(0.33),
+    "planner-shipped-quarter": shipped_less(0.25),
+    "default-cost": default_cost,
+    "default-f1": suite("default recipe, 50% of layers", "f1"),
+    "default-retrieval": suite("default recipe, 50% of layers", "retrieval"),
+    "adapter-f1": suite("shipped adapter, 50% of layers", "f1"),
+    "adapter-retrieval": suite("shipped adapter, 50% of layers", "retrieval"),
+    "full-f1": suite("full cache", "f1"),
+    "full-retrieval": suite("full cache", "retrieval"),
+    "4-bits-f1": suite("quantised to 4 bits, 25%", "f1"),
+    "4-bits-retrieval": suite("quantised to 4 bits, 25%", "retrieval"),
+    "4-bits-bytes": suite("quantised to 4 bits, 25%", "bytes"),
+    "static-loss": routed("static"),
+    "portfolio-loss": routed("portfolio"),
+    "portfolio-sizes-loss": routed("portfolio, any size"),
+    "vllm-blocks": vllm("blocks", "every 2nd layer", "blocks", 1),
+    "vllm-throughput": vllm("throughput", "every 2nd layer", "tokens_per_s", 2),
+    "load-throughput": load("tokens_per_s"),
+    "load-throughput-half": load("tokens_per_s", "from half of the layers down to a quarter"),
+    "load-ttft": load("ttft_p50"),
+    "load-ttft-p99": load("ttft_p99"),
+    "largest-graph": largest,
+    "memory-error": memory_error,
+    "step-one-time": step_ratio(1, "routed", "time"),
+    "step-one-memory": step_ratio(1, "routed", "memory"),
+    "plan-loss": plan_loss("this plan"),
+    "plan-loss-even": plan_loss("evenly spaced"),
+    "plan-loss-full": plan_loss("full cache"),
+    "plan-predicted": plan_predicted,
+}
