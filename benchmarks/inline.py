@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from compare_tables import arms
-from cpu_tables import run_of
+from cpu_tables import origin, run_of
 from planner_tables import excess, planner_runs
 from training_tables import Read, runs_of
 
@@ -158,7 +158,30 @@ def plan_predicted(read: Read) -> str:
     return f"{read('plan_time.jsonl')[-1]['predicted_loss']:.2f}"
 
 
+def measured_on(file: str, run: str | None = None) -> Figure:
+    """Hardware, versions and date of the last row of a file, or of one of its runs."""
+    return lambda read: origin(read(file)[-1] if run is None else run_of(read, file, run))
+
+
+def command(file: str) -> Figure:
+    return lambda read: str(read(file)[-1]["command"]).partition(" --out ")[0]
+
+
 FIGURES: dict[str, Figure] = {
+    "origin-demo": measured_on("demo.jsonl", "adapter"),
+    "origin-demo-train": measured_on("demo.jsonl", "train"),
+    "origin-plan-time": measured_on("plan_time.jsonl"),
+    "origin-routers": measured_on("router_cost.jsonl"),
+    "command-routers": command("router_cost.jsonl"),
+    "origin-recipes-speed": measured_on("recipes_speed.jsonl"),
+    "origin-memory": measured_on("memory.jsonl"),
+    "origin-evaluation": measured_on("evaluate.jsonl", "first"),
+    "origin-bench": measured_on("bench.jsonl", "every 2nd"),
+    "origin-unmerged": measured_on("bench.jsonl", "unmerged adapter"),
+    "origin-grid": measured_on("bench.jsonl", "grid"),
+    "origin-load": measured_on("serve.jsonl", "load"),
+    "origin-training": measured_on("train_step.jsonl"),
+    "origin-switching": measured_on("switching.jsonl"),
     "base-4m": method("base", 4_005_888),
     "unmerged-ttft": ratio("unmerged adapter", "ttft_s"),
     "unmerged-decode": ratio("unmerged adapter", "decode_tokens_per_s"),

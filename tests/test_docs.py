@@ -457,9 +457,15 @@ _SPREAD = ("_min", "_max")
 
 def test_tables_are_those_of_the_raw_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import inline
     import tables
 
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert page.count("<!-- table:") == len(tables.TABLES) and tables.fill(page) == page
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("<!-- table:gpu") == len(tables.README_TABLES) and tables.fill(readme) == readme
+    marks: dict[str, set[str]] = {"table": set(), "figure": set()}
+    for page in tables.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert tables.fill(text) == text, f"{page.name}: run python benchmarks/tables.py"
+        for kind, found in marks.items():
+            names = re.findall(rf"<!-- {kind}:([\w-]+) -->", text)
+            assert len(names) == text.count(f"<!-- /{kind} -->")
+            found |= set(names)
+    assert marks == {"table": set(tables.TABLES), "figure": set(inline.FIGURES)}
