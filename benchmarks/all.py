@@ -125,13 +125,14 @@ class Run:
             begun = time.perf_counter()
             try:
                 self.one(step)
+                num_moved = moved.write(self.before, self.raw)
             except Exception as problem:
                 failed[step.name] = f"{type(problem).__name__}: {problem}"
                 say(f"    failed: {failed[step.name]}")
                 continue
             self.state["done"][step.name] = round(time.perf_counter() - begun, 1)
             self.save()
-            say(f"    {self.state['done'][step.name]:.0f} s; {moved.write(self.before, self.raw)} figures moved so far")
+            say(f"    {self.state['done'][step.name]:.0f} s; {num_moved} figures moved so far")
         if pages:
             tables.main([])
         say(f"{len(self.left) - len(failed) - len(skipped)} done, {len(failed)} failed, {len(skipped)} skipped")

@@ -135,14 +135,6 @@ def memory_error(read: Read) -> str:
     return f"{100 * max(abs(row['weights_and_cache_error']) for row in rows):.3f} %"
 
 
-def step_ratio(batch: int, arm: str, what: str) -> Figure:
-    def made(read: Read) -> str:
-        (row,) = (row for row in read("train_step.jsonl") if row["batch_size"] == batch)
-        return f"{row[f'{arm}_{what}_ratio']:.3f}x"
-
-    return made
-
-
 def plan_loss(label: str) -> Figure:
     """Held-out loss in the run of `depthkv plan` that was timed."""
 
@@ -158,16 +150,59 @@ def plan_predicted(read: Read) -> str:
     return f"{read('plan_time.jsonl')[-1]['predicted_loss']:.2f}"
 
 
+def router(pair: str, field: str = "ttft_ratio", digits: int = 3) -> Figure:
+    """Of a router, to the plan that it chose."""
+    return lambda read: f"{read('router_cost.jsonl')[-1]['pairs'][pair][field]:.{digits}f}x"
+
+
+def early_stop(read: Read) -> str:
+    """The least and the most that the lost early stop of a prefill costs."""
+    pairs = read("router_cost.jsonl")[-1]["pairs"]
+    ratios = [found["ttft_ratio"] for name, found in pairs.items() if name.endswith("early stop")]
+    return f"{min(ratios):.2f}x to {max(ratios):.2f}x"
+
+
+def machine_limit(field: str, unit: float, digits: int) -> Figure:
+    """That the process of the grid measured."""
+    return lambda read: f"{run_of(read, 'bench.jsonl', 'grid')['machine_limits'][field] / unit:.{digits}f}"
+
+
+def share_of_limit(phase: str) -> Figure:
+    """Over the cells of the grid and both caches."""
+
+    def made(read: Read) -> str:
+        limits = [cell["roofline"] for cell in run_of(read, "bench.jsonl", "grid")["cells"]]
+        return percent([limit[arm][f"{phase}_share"] for limit in limits for arm in ("full", "shared")])
+
+    return made
+
+
+def most_at_once(label: str) -> Figure:
+    return lambda read: f"{run_of(read, 'serve.jsonl', 'load')['rows'][label]['most_at_once']:.0f}"
+
+
 def measured_on(file: str, run: str | None = None) -> Figure:
     """Hardware, versions and date of the last row of a file, or of one of its runs."""
     return lambda read: origin(read(file)[-1] if run is None else run_of(read, file, run))
 
 
 def command(file: str) -> Figure:
-    return lambda read: str(read(file)[-1]["command"]).partition(" --out ")[0]
+    """With its backticks: marks within them would be shown."""
+    return lambda read: f"`{str(read(file)[-1]['command']).partition(' --out ')[0]}`"
 
 
 FIGURES: dict[str, Figure] = {
+    "router-portfolio": router("portfolio"),
+    "router-learned": router("learned"),
+    "router-similarity": router("similarity"),
+    "router-early-stop": early_stop,
+    "router-unlike": router("batch, the plan against unlike maps", "token_ratio", 2),
+    "machine-gb": machine_limit("bandwidth_bytes_per_s", 1e9, 0),
+    "machine-tflop": machine_limit("matmul_flops_per_s", 1e12, 2),
+    "prompt-share": share_of_limit("prefill"),
+    "decode-share": share_of_limit("decode"),
+    "load-at-once": most_at_once(LOWERED),
+    "load-at-once-full": most_at_once(FULL),
     "origin-demo": measured_on("demo.jsonl", "adapter"),
     "origin-demo-train": measured_on("demo.jsonl", "train"),
     "origin-plan-time": measured_on("plan_time.jsonl"),
@@ -220,8 +255,6 @@ FIGURES: dict[str, Figure] = {
     "load-ttft-p99": load("ttft_p99"),
     "largest-graph": largest,
     "memory-error": memory_error,
-    "step-one-time": step_ratio(1, "routed", "time"),
-    "step-one-memory": step_ratio(1, "routed", "memory"),
     "plan-loss": plan_loss("this plan"),
     "plan-loss-even": plan_loss("evenly spaced"),
     "plan-loss-full": plan_loss("full cache"),

@@ -15,6 +15,9 @@ FILE = "moved.jsonl"
 SHARE = 0.1
 """A figure that moved by more is named."""
 
+ORIGIN = ("origin-", "command-")
+"""Figures that say where others are from."""
+
 Shown = dict[str, str]
 """Tables and figures by name, as a page shows them."""
 
@@ -24,25 +27,29 @@ def shown(raw: Path) -> Shown:
     before, tables.RAW = tables.RAW, raw
     try:
         made = {name: make() for name, make in tables.TABLES.items() if name != "moved"}
-        return made | {f"figure {name}": make(tables.read) for name, make in inline.FIGURES.items()}
+        stated = {name: make(tables.read) for name, make in inline.FIGURES.items() if not name.startswith(ORIGIN)}
+        return made | {f"figure {name}": text for name, text in stated.items()}
     finally:
         tables.RAW = before
+
+
+def cells(text: str) -> list[list[str]]:
+    """Headings and rows of a table; a figure is one cell below an empty heading."""
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [lines[0], *lines[2:]] if lines else [[""], [text]]
 
 
 def compare(before: Shown, after: Shown) -> Iterator[dict[str, Any]]:
     """Cells whose number moved by more than `SHARE`, and by more than rounding can."""
     for name, text in after.items():
-        old, new = ([line.strip("| ").split(" | ") for line in t.splitlines()] for t in (before.get(name, ""), text))
-        if old == new or not old[0]:
-            continue
-        if [len(line) for line in old] != [len(line) for line in new] or old[0] != new[0]:
+        old, new = cells(before.get(name, "")), cells(text)
+        if old[0] != new[0] or [len(line) for line in old] != [len(line) for line in new]:
             yield {"table": name, "row": "", "figure": "", "before": "other rows or columns", "after": ""}
             continue
-        headings = new[0] if len(new) > 1 else [""]
-        for first, second in zip(old[-1:] if len(new) == 1 else old[2:], new[-1:] if len(new) == 1 else new[2:]):  # noqa: B905
-            for heading, a, b in zip(headings, first, second, strict=True):
+        for first, second in zip(old[1:], new[1:], strict=True):
+            for heading, a, b in zip(new[0], first, second, strict=True):
                 if moved(a, b):
-                    row = ", ".join(second[:2]) if len(new) > 1 else ""
+                    row = ", ".join(label for label in second[:2] if label != b)
                     yield {"table": name, "row": row, "figure": heading, "before": a, "after": b}
 
 

@@ -47,7 +47,6 @@ FRONT = (
     'python -c "from depthkv import SharingPlan; '
     "SharingPlan.from_leaders(range(15), num_layers=30).save('front.json')\""
 )
-BENCH = f"depthkv bench {BASE} --dtype bfloat16"
 TINY = "--prompt-tokens 16 --new-tokens 2 --repeats 1"
 EVALUATE = f"depthkv evaluate {ADAPTER} --data builtin:anarchism --data builtin:brown --suite perplexity"
 FRONT_LOSS = f"depthkv evaluate {ADAPTER} --data builtin:anarchism --suite perplexity --plan front.json"
@@ -55,13 +54,14 @@ BLOCKS = "--blocks 1 --block-size 64"
 LOAD_QUICK = "--requests 4 --concurrent 2 --prompt-tokens 16 --max-tokens 4 --alone 1"
 
 
-def bench(name: str, options: str, seconds: float, model: str = BASE, quick: str = TINY, first: str = "") -> Step:
+def bench(name: str, options: str, seconds: float, model: str = BASE, quick: str = "", first: str = "") -> Step:
     before = (first,) if first else ()
+    quick = quick or f"{options} {TINY}"
     command = f"depthkv bench {model} --dtype bfloat16 {options}"
     return Step(
         name=f"bench: {name}",
         commands=(*before, f"{command} --json {{out}}"),
-        quick=(*before, f"{command} {quick} --json {{out}}"),
+        quick=(*before, f"depthkv bench {model} --dtype bfloat16 {quick} --json {{out}}"),
         raw="bench.jsonl",
         key=("run",),
         row={"run": name},
@@ -145,7 +145,7 @@ STEPS = (
         "grid",
         "--prompt-tokens 512 2048 --batch-size 1 4 --retention .5 .25 --new-tokens 24 --repeats 3",
         430,
-        quick="--prompt-tokens 16 32 --new-tokens 2 --repeats 1",
+        quick="--prompt-tokens 16 32 --batch-size 1 4 --retention .5 .25 --new-tokens 2 --repeats 1",
     ),
     script(
         "recipes: speed",
