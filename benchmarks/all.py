@@ -35,6 +35,8 @@ from steps import ELSEWHERE, STEPS, Row, Step
 from depthkv.machine import environment
 
 ROOT = Path(__file__).resolve().parent.parent
+HERE = ("benchmarks/", "tests/")
+"""Words of a command that mean a file of the repository: it runs in a folder of its own."""
 LAST_LINES = 12
 """Of a failed benchmark's output that are shown."""
 
@@ -204,7 +206,7 @@ def call(command: str, folder: Path, limit: float) -> Row:
     """Runs one command in a folder; returns its time and the most memory that it had."""
     words = shlex.split(command)
     if words[0] == "python":
-        words = [sys.executable, *(str(ROOT / word) if word.startswith("benchmarks/") else word for word in words[1:])]
+        words = [sys.executable, *(str(ROOT / word) if word.startswith(HERE) else word for word in words[1:])]
     elif words[0] == "depthkv":
         words = [sys.executable, "-m", "depthkv", *words[1:]]
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -147,6 +147,15 @@ def measured(read: Read) -> Table:
     return [*headings, "time to first token", "decoding"], rows
 
 
+def lm_eval(read: Read) -> Table:
+    """Three small tasks in lm-evaluation-harness."""
+    rows = []
+    for row in read("lm_eval.jsonl"):
+        right = [f"{number} of {count}" for number, count in (row["colours"], row["counting"])]
+        rows.append([row["model"], f"{row['leaders']} of 30", *right, f"{row['bits_per_byte']:.2f}"])
+    return ["", "layers kept", "multiple choice, right", "written answers, right", "bits per byte"], rows
+
+
 def moved(read: Read) -> Table:
     """What benchmarks/all.py found to be another than before, and why."""
     rows = []
@@ -166,5 +175,6 @@ TABLES: dict[str, Callable[[Read], Table]] = {
     "switching": switching,
     "evaluation": evaluation,
     "measured": measured,
+    "lm-eval": lm_eval,
     "moved": moved,
 }

@@ -132,6 +132,37 @@ def noise_commands(tokens: str, blocks: str) -> tuple[str, ...]:
     )
 
 
+LM_EVAL = {
+    "SmolLM2-135M": f"pretrained={BASE}",
+    "SmolLM2-135M, as it is": f"pretrained={BASE},retention=0.5",
+    "with the built-in adapter": f"pretrained={ADAPTER},retention=0.5",
+}
+"""Models of the table in docs/how-to/lm-eval.md, and how the harness is told."""
+LM_EVAL_TASKS = (
+    "--include_path tests/lm_eval_tasks --tasks depthkv_colours,depthkv_counting,depthkv_passages --batch_size 4"
+)
+
+
+def lm_eval(folder: Path) -> list[Row]:
+    """The harness's results, as far as the table shows them."""
+    found = []
+    for number, name in enumerate(LM_EVAL):
+        (path,) = folder.glob(f"{number}_*.json")
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        colours, counting, passages = (results[f"depthkv_{task}"] for task in ("colours", "counting", "passages"))
+        row: Row = {"model": name, "leaders": 30 if number == 0 else 15}
+        row |= {"colours": [round(colours["acc,none"] * colours["sample_len"]), colours["sample_len"]]}
+        right = round(counting["exact_match,first word"] * counting["sample_len"])
+        row |= {"counting": [right, counting["sample_len"]], "bits_per_byte": passages["bits_per_byte,none"]}
+        found.append(row)
+    return found
+
+
+LM_EVAL_COMMANDS = tuple(
+    f"python -m depthkv.lm_eval --model depthkv --model_args {model} {LM_EVAL_TASKS} --output_path {number}.json"
+    for number, model in enumerate(LM_EVAL.values())
+)
+
 PLAN = f"depthkv plan {BASE} --data builtin:anarchism --retention .5 --dtype bfloat16 --out half.json"
 PLAN_QUICK = "--blocks 2 --block-size 16 --cost-blocks 1 --held-out-blocks 2 --evaluations 1 --json {out}"
 
@@ -220,6 +251,17 @@ STEPS = (
     evaluation("first", f"{EVALUATE} --retention 1 .5 .33 .25", 200),
     evaluation("second", f"{EVALUATE} --retention 1 .5 .33 .25", 200),
     evaluation("front half", FRONT_LOSS, 60, first=FRONT),
+    Step(
+        name="lm-eval",
+        commands=LM_EVAL_COMMANDS,
+        quick=LM_EVAL_COMMANDS,
+        raw="lm_eval.jsonl",
+        key=("model",),
+        rows=lm_eval,
+        needs=("lm_eval",),
+        seconds=120,
+        adapter=True,
+    ),
     Step(
         name="recipes: trained with noise",
         commands=noise_commands("--tokens 102400", "--blocks 16"),

@@ -464,6 +464,7 @@ def test_tables_are_those_of_the_raw_figures(monkeypatch: pytest.MonkeyPatch) ->
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
         assert tables.fill(text) == text, f"{page.name}: run python benchmarks/tables.py"
+        assert not re.search("^<!-- figure:", text, re.MULTILINE)  # Markdown would end the paragraph there
         for kind, found in marks.items():
             names = re.findall(rf"<!-- {kind}:([\w-]+) -->", text)
             assert len(names) == text.count(f"<!-- /{kind} -->")
