@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) -> in
     if args.quick:
         shutil.rmtree(out, ignore_errors=True)
         raw = Path(shutil.copytree(raw, out / "raw"))
-    run = Run(out, raw, chosen, fresh=args.fresh or args.quick, again=bool(args.only), quick=args.quick)
+    part, again = bool(args.only or args.adapter), bool(args.only)
+    run = Run(out, raw, chosen, fresh=args.fresh or args.quick, part=part, again=again, quick=args.quick)
     return run.all(pages=not args.quick and raw == tables.RAW)
 
 
@@ -89,21 +90,25 @@ class Run:
     """A call, and what earlier ones have done."""
 
     def __init__(
-        self, out: Path, raw: Path, steps: Sequence[Step], *, fresh: bool, again: bool = False, quick: bool = False
+        self, out: Path, raw: Path, steps: Sequence[Step], *, fresh: bool, part: bool, again: bool, quick: bool
     ) -> None:
+        """`part`: a round that has ended is added to, not begun anew; `again`: whatever has been done."""
         self.out, self.raw, self.steps, self.quick = out, raw, list(steps), quick
         self.state_path, self.before = out / "state.json", out / "before"
         self.state: dict[str, Any] = {"done": {}}
         if self.state_path.exists() and not fresh:
             self.state = json.loads(self.state_path.read_text(encoding="utf-8"))
-        left = [step for step in self.steps if again or step.name not in self.state["done"]]
-        if not left or not self.before.exists() or fresh:  # a new round: all of it, and compared with what is there now
-            self.state, left = {"done": {}}, self.steps
+        self.left = [step for step in self.steps if step.name not in self.state["done"]]
+        if fresh or not self.before.exists() or not (self.left or part):
+            self.state = {"done": {}}
             shutil.rmtree(self.before, ignore_errors=True)
             shutil.copytree(raw, self.before.with_name("before.part"), dirs_exist_ok=True)
             self.before.with_name("before.part").rename(self.before)
-            self.save()
-        self.left = left
+        if again or not self.left:
+            self.left = self.steps
+            for step in self.steps:
+                self.state["done"].pop(step.name, None)
+        self.save()
 
     def save(self) -> None:
         replace(self.state_path, json.dumps(self.state, indent=2) + "\n")

@@ -87,9 +87,12 @@ def test_it_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     assert (tmp_path / "calls").read_text() == "x"
     # compared with what was there before the first call
     assert lines(tmp_path / "raw" / "moved.jsonl")[0]["before"] == "4.50 ms"
-    # all was done, so a third call is a new round
+    # all was done: one of them again, compared with the same as before, or a new round
+    assert bench({"once": once, "waits": waits}, "--only", "waits") == 0
+    assert lines(tmp_path / "raw" / "moved.jsonl")[0]["before"] == "4.50 ms"
+    assert (tmp_path / "calls").read_text() == "x"
     assert bench({"once": once, "waits": waits}) == 0
-    assert (tmp_path / "calls").read_text() == "xx"
+    assert (tmp_path / "calls").read_text() == "xx" and lines(tmp_path / "raw" / "moved.jsonl") == []
 
 
 def test_a_word_of_why_stays(bench: Bench, tmp_path: Path) -> None:
