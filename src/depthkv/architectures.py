@@ -14,6 +14,8 @@ from depthkv.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+__all__ = ["LayerKind", "layer_kinds"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

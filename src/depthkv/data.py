@@ -26,6 +26,8 @@ from depthkv.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Document", "named_blocks", "read_texts", "resolve_data", "split_documents", "token_blocks"]
+
 BUILTIN_TEXTS = ("anarchism", "brown", "fallback")
 """What `builtin:NAME` can name; the first two are downloaded, "fallback" is part of the package."""
 

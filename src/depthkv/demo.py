@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state, has_state
 from depthkv.adapt.adapters import load_adapter
 from depthkv.architectures import layer_kinds
-from depthkv.checkpoint import BUILTIN_ADAPTERS, builtin_adapter, load, save
+from depthkv.checkpoint import builtin_adapter, load, save
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
+from depthkv.downloads import BUILTIN_ADAPTERS
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.files import write_text

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
+__all__ = ["Inspection", "KindGroup", "PlanCost", "inspect_model"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class KindGroup:

@@ -22,6 +22,8 @@ from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan, share
 
+__all__ = ["DepthKVLM"]
+
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
@@ -31,8 +33,6 @@ except ImportError as error:
         print(f"depthkv: {_MESSAGE}", file=sys.stderr)
         sys.exit(2)
     raise DepthKVError(_MESSAGE) from error
-
-__all__ = ["DepthKVLM", "main"]
 
 _PASSED_ON = (
     "max_batch_size max_length truncation logits_cache add_bos_token prefix_token_id softmax_dtype "

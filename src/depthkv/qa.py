@@ -23,6 +23,8 @@ from depthkv.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Question", "encode", "read_squad", "split_articles"]
+
 IGNORED = -100
 """Label of tokens that the loss leaves out."""
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from depthkv.compress.model import CompressedModel
     from depthkv.compress.recipe import CacheRecipe
 
+__all__ = ["Routing", "SharedModel", "route", "share"]
+
 
 class SharedModel(Patches):
     """Handle that `share` returns."""

@@ -21,6 +21,8 @@ from depthkv.patches import ADAPTER_SWITCH
 if TYPE_CHECKING:
     from depthkv.plan import SharingPlan
 
+__all__ = ["LoraSettings", "add_adapter", "load_adapter", "save_adapter"]
+
 TARGETS = ("all-linear", "attention", "query-output")
 
 

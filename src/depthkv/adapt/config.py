@@ -131,6 +131,10 @@ class AdaptConfig:
         """Tokens of one optimizer step."""
         return self.batch_size * self.accumulate_steps * self.block_size
 
+    def num_steps(self, world_size: int) -> int:
+        """Optimizer steps of so many processes together; without end where the clock ends the run."""
+        return 2**40 if self.max_tokens is None else -(-self.max_tokens // (self.tokens_per_step * world_size))
+
     def learning_rate_at(self, progress: float) -> float:
         """The learning rate when `progress` (0 to 1) of the budget will be used after the step."""
         if progress < self.warmup_fraction:

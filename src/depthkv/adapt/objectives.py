@@ -20,6 +20,8 @@ from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.head import undistributed
 
+__all__ = ["AttentionMatching", "Distillation", "LanguageModelLoss", "Objective"]
+
 
 class Objective(Protocol):
     """Something to minimise."""

@@ -17,15 +17,18 @@ from torch import nn
 
 from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
+from depthkv.adapt.examples import Examples
 from depthkv.adapt.local import LocalConfig, fit_followers
 from depthkv.adapt.objectives import AttentionMatching, Distillation, LanguageModelLoss, Objective
-from depthkv.adapt.run import AdaptResult, Examples, adapt
+from depthkv.adapt.run import AdaptResult, adapt
 from depthkv.adapt.teacher import FrozenTeacher, SelfTeacher, StoredTeacher, Teacher
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.routing import Sampler
 from depthkv.samplers import FullCache, default_sampler
 from depthkv.sharing import route
+
+__all__ = ["Stages", "StagesResult", "train_in_stages"]
 
 OBJECTIVES = ("lm", "distill", "attention")
 ADAPTER_LEARNING_RATE = 3e-3
@@ -233,7 +236,7 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
             adapted.unload()
     count = sum(p.numel() for p in trained.values())
     most = max(count, num_finetuned)
-    steps = None if config.max_tokens is None else -(-config.max_tokens // config.tokens_per_step)
+    steps = None if config.max_tokens is None else config.num_steps(1)
     return Estimate(
         num_trained=count,
         num_finetuned=num_finetuned,

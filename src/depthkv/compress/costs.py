@@ -15,6 +15,8 @@ import numpy as np
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.space import Space, Width, mean_width
 
+__all__ = ["JointCosts"]
+
 EFFECTS = ("plan", "keys", "values", "tokens")
 
 PAIRS = tuple(combinations(range(len(EFFECTS)), 2))
@@ -220,6 +222,3 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
             (a, wa, na), (b, wb, nb) = pools[-2:]
             pools[-2:] = [((a * wa + b * wb) / (wa + wb), wa + wb, na + nb)]
     return [value for value, _, count in pools for _ in range(count)]
-
-
-__all__ = ["EFFECTS", "FORMS", "PAIRS", "JointCosts", "isotonic"]

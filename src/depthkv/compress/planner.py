@@ -23,6 +23,8 @@ from depthkv.errors import RecipeError
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
 
+__all__ = ["Chosen", "MeasuredRecipe", "choose_recipe", "front"]
+
 Advance = Callable[[int], None]
 
 PLANS_ALONE = 6
@@ -349,6 +351,3 @@ def subsets() -> list[tuple[str, ...]]:
             set(AXES),
         )
     ]
-
-
-__all__ = ["AXES", "Chosen", "MeasuredRecipe", "alone", "choose_recipe", "combined", "front", "subsets"]

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from depthkv.evaluate.perplexity import CurveRow
     from depthkv.plan import SharingPlan
 
+__all__ = ["plot_loss", "plot_plan", "plot_retention"]
+
 # Okabe and Ito's colours, which people with colour blindness can tell apart, darkest first
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e3e3e3"

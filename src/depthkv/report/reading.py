@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from depthkv.compress.figures import FORMAT as RECIPE_FORMAT
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
@@ -17,7 +18,6 @@ from depthkv.report.checked import CheckedObject, kind
 from depthkv.report.generation_reading import FORMAT as GENERATION_FORMAT
 from depthkv.report.generation_reading import GenerationFigures, generation_figures
 from depthkv.report.plan_reading import PlanFigures, plan_figures
-from depthkv.report.recipe_reading import FORMAT as RECIPE_FORMAT
 from depthkv.report.recipe_reading import RecipeFigures, recipe_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1

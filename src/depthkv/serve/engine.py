@@ -20,8 +20,9 @@ from transformers import DynamicCache
 from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.ladder import Sources
-from depthkv.decoder import Decoder, find_decoder
+from depthkv.decoder import find_decoder
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError, ServerStoppedError
+from depthkv.export import has_kv
 from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
 from depthkv.serve.metrics import Metrics
@@ -77,7 +78,7 @@ class Engine:
         decoder = find_decoder(self.model)
         self.kinds = decoder.kinds
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        can_lead = [layer for layer in range(decoder.num_layers) if _has_kv(decoder, layer)]
+        can_lead = [layer for layer in range(decoder.num_layers) if has_kv(decoder, layer)]
         self.depths = Depths(self.kinds, dtype, plan, min_retention, max_retention, can_lead)
         self.codec = Codec(tokenizer)
         self.metrics = Metrics()
@@ -394,9 +395,3 @@ class Engine:
         joint = torch.no_grad()(joint_step)(self.model, self.kinds, [cache], [0])
         if not bool(logits.isfinite().all() and joint.isfinite().all()):
             raise CheckpointError("expected a model that computes finite logits, got others: its weights are damaged")
-
-
-def _has_kv(decoder: Decoder, layer: int) -> bool:
-    """Whether the layer has weights for keys and values; an export leaves out those of followers."""
-    name = decoder.family.fused or decoder.family.k_proj
-    return any(True for _ in getattr(decoder.attention(layer), name).parameters())
