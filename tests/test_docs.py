@@ -386,7 +386,7 @@ def test_evaluation_has_the_documented_keys(here: Path) -> None:
     CacheRecipe(plan=SharingPlan.every(2, LAYERS), key_bits=4, group_size=8).save("r.json")
     options = "--data my-text --suite all --questions squad.json --recipe r.json --json e.json"
     assert main(quick(shlex.split(f"evaluate adapted {options}"))) == 0
-    whole = ("environment", "recipe", "full_cache", "rows[].cache_recipe")
+    whole = ("environment", "provenance", "full_cache", "rows[].cache_recipe")
     found = keys_of(json.loads(Path("e.json").read_text()), whole=whole)
     assert found | {"rows[]"} == documented("evaluate")
 

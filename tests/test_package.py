@@ -96,3 +96,15 @@ def test_import_brings_in_nothing_optional() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     brought = set(done.stdout.split())
     assert "depthkv" in brought and not brought & OPTIONAL
+
+
+def test_the_readme_leads_to_where_a_follower_reads_its_source() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = readme.split("\n## Where to read the code\n")[1].split("\n## ")[0]
+    attention = tree("depthkv.attention")
+    assert attention is not None
+    cache = next(n for n in attention.body if isinstance(n, ast.ClassDef) and n.name == "LayerCache")
+    update = next(n for n in cache.body if isinstance(n, ast.FunctionDef) and n.name == "update")
+    assert "pair = step.pairs[source]" in text and "pair = step.pairs[source]" in ast.unparse(update)
+    for module, name in (("sharing", "share"), ("sharing", "SharedModel"), ("attention", "attention_forward")):
+        assert f"src/depthkv/{module}.py" in text and name in text and origin(f"depthkv.{module}", name)

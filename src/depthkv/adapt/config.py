@@ -1,4 +1,4 @@
-"""The recipe: every knob of a training run, its budget and its learning-rate schedule."""
+"""The settings of a training run: its budget, its learning rates, what trains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPORTERS = ("tensorboard", "trackio", "wandb", "mlflow")
 class AdaptConfig:
     """Settings of `adapt`; exactly one of `max_tokens` and `max_minutes` is the budget.
 
-    The defaults recovered most per training token of all recipes that were tried on SmolLM2-135M (docs/results.md).
+    The defaults recovered most per training token of all settings that were tried on SmolLM2-135M (docs/results.md).
 
     Raises:
         DepthKVError: a value outside its range; the error names it.

@@ -78,7 +78,7 @@ def adapt(
         model: a causal language model of transformers, or one with an adapter from `depthkv.adapt.adapters`.
         train_examples: token ids, `[blocks, config.block_size]`, from `depthkv.data.token_blocks`, or examples for
             `collate`.
-        config: the recipe and the budget.
+        config: the settings and the budget.
         sampler: draws the maps; None is `RandomCrossLayer` with the config's probability and seed.
         objective: what is minimised; None is the plain language-model loss.
         on_step: called after every optimizer step, while the model is routed; its time does not count.

@@ -1,4 +1,4 @@
-"""The whole recipe: ordinary fine-tuning, a layer-local start, then the routed stage, each resumable.
+"""Training in stages: ordinary fine-tuning, a layer-local start, then the routed stage, each resumable.
 
 With an adapter, what is fine-tuned first stays the full-cache model to the bit, and the adapter is for sharing alone.
 """
@@ -198,7 +198,7 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
     Args:
         model: as for `train_in_stages`, without an adapter; one is added and taken away again.
         blocks: `[blocks, tokens]`.
-        config: the recipe.
+        config: the settings.
         stages: with `lora`, the routed stage of the adapter is measured.
     """
     finetuned = trainable_parameters(model, find_decoder(model), config.trainable) if stages.finetune else {}

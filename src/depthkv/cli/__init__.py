@@ -19,11 +19,11 @@ from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.export import export_command
 from depthkv.cli.generate import generate_command
-from depthkv.cli.handmade import recipe_command
 from depthkv.cli.heads import merge_heads_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
+from depthkv.cli.recipe import recipe_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.serve import serve_command

@@ -127,7 +127,7 @@ def serve_command(
     with bind(host, port) as listening:
         config, kinds = inputs.read_config(model)
         given = None if plan is None else inputs.read_plan(plan, kinds)
-        chooser = None if router is None else load_router(router, kinds)
+        chosen_router = None if router is None else load_router(router, kinds)
         one_rope = positions_of_one_rope(config)
         if max_context is not None:
             inputs.require_positions(config, max_context, "--max-context")
@@ -153,7 +153,7 @@ def serve_command(
                     settings,
                     min_retention=min_retention,
                     max_retention=max_retention,
-                    router=chooser,
+                    router=chosen_router,
                 )
         least = made.depths.num_bytes(made.depths.least, 2)
         if budget is not None and budget < least:

@@ -86,7 +86,7 @@ class EvaluationFigures:
     held_out: bool
     settings: Mapping[str, str]
     """What was measured on, for the page: name to value."""
-    recipe: Mapping[str, str]
+    provenance: Mapping[str, str]
     """How the model was made, where the file says it."""
     environment: Mapping[str, str]
     command: str
@@ -211,7 +211,7 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
         },
-        recipe=top.object("recipe").shown() if "recipe" in top else {},
+        provenance=top.object("provenance").shown() if "provenance" in top else {},
         environment=top.object("environment").shown(),
         command=top.text("command"),
         num_layers=num_layers,

@@ -108,7 +108,7 @@ class Engine:
     @property
     def is_adaptive(self) -> bool:
         """Whether requests may ask for `ADAPTIVE`."""
-        return self._router.chooser is not None
+        return self._router.router is not None
 
     @property
     def is_alive(self) -> bool:
@@ -226,7 +226,7 @@ class Engine:
         """The map that the request begins with; of an adaptive one the largest that it may get."""
         wanted = request.kv_retention
         if wanted == ADAPTIVE:
-            if self._router.chooser is None:
+            if self._router.router is None:
                 raise DepthKVError('expected kv_retention as a number, got "adaptive" and a server without --router')
             return self.depths.start(self.depths.max_retention)
         if isinstance(wanted, str):
