@@ -55,7 +55,6 @@ class JointCosts:
         sensitivity: Mapping[int, float] | None = None,
         errors: Mapping[CacheRecipe, float] | None = None,
     ) -> None:
-        self._space = space
         self._sensitivity = dict(sensitivity or {})
         self._errors = dict(errors or {})
         self._context = space.context
