@@ -135,7 +135,7 @@ def positions_of_one_rope(config: PreTrainedConfig) -> int | None:
     return most if isinstance(most, int) else None
 
 
-def check_supported(config: PreTrainedConfig) -> None:
+def _check_supported(config: PreTrainedConfig) -> None:
     """Refuse models whose layers cannot share, by their config alone.
 
     Raises:
@@ -173,9 +173,9 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     """One `LayerKind` per layer; a layer may read only sources of an equal kind. Needs no weights.
 
     Raises:
-        UnsupportedModelError: as `check_supported`.
+        UnsupportedModelError: encoder-decoder, cross attention, latent (MLA) or linear attention, built-in sharing.
     """
-    check_supported(config)
+    _check_supported(config)
     config = text_config(config)
     num_layers: int = config.num_hidden_layers
     layer_configs = getattr(config, "per_layer_config", None)

@@ -20,7 +20,7 @@ from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state, has_st
 from depthkv.adapt.adapters import load_adapter
 from depthkv.architectures import layer_kinds
 from depthkv.checkpoint import builtin_adapter, load, save
-from depthkv.data import Document, resolve_data, split_documents, token_blocks
+from depthkv.data import BUILTIN_TEXTS, Document, resolve_data, split_documents, token_blocks
 from depthkv.downloads import BUILTIN_ADAPTERS
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
@@ -206,12 +206,12 @@ def _documents(data: str, tell: Console) -> tuple[list[Document], str]:
     """The text, and which it is: without a network, a built-in one gives way to the one in the package."""
     if not data.startswith("builtin:"):
         return resolve_data(data), data
-    choices = list(dict.fromkeys([data, "builtin:anarchism", "builtin:brown", "builtin:fallback"]))
+    choices = list(dict.fromkeys([data, *(f"builtin:{text}" for text in BUILTIN_TEXTS)]))
     for name in choices[:-1]:
         try:
             return resolve_data(name), name
         except DataError as error:
-            if name == data and data.removeprefix("builtin:") not in ("anarchism", "brown", "fallback"):
+            if name == data and data.removeprefix("builtin:") not in BUILTIN_TEXTS:
                 raise  # a typing error, not a missing network
             tell.print(f"{name} could not be fetched: {error}", markup=False)
     tell.print("Using the short text that comes with depthkv: figures will be worse than with a long one")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Question", "encode", "read_squad", "split_articles"]
 
-IGNORED = -100
+_IGNORED = -100
 """Label of tokens that the loss leaves out."""
 
 
@@ -153,7 +153,7 @@ def encode(
         examples.append(
             {
                 "input_ids": torch.tensor(before + answer, dtype=torch.long),
-                "labels": torch.tensor([IGNORED] * len(before) + answer, dtype=torch.long),
+                "labels": torch.tensor([_IGNORED] * len(before) + answer, dtype=torch.long),
             }
         )
     return examples
@@ -171,7 +171,7 @@ def collate(examples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> d
         for name, rows, value in (
             ("input_ids", tokens, pad_token_id),
             ("attention_mask", masks, 0),
-            ("labels", labels, IGNORED),
+            ("labels", labels, _IGNORED),
         )
     }
 

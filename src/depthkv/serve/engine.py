@@ -365,7 +365,7 @@ class Engine:
             text=text,
             num_tokens=running.num_tokens,
             cache_bytes=running.cache.num_bytes,
-            retained_layers=running.cache.num_leaders,
+            num_leaders=running.cache.num_leaders,
             finish_reason=reason,
         )
 
@@ -386,7 +386,7 @@ class Engine:
         self.metrics.runs(len(running))
         self.metrics.holds(sum(r.cache.num_bytes for r in running))
         leaders = sum(r.cache.num_leaders for r in running)
-        self.metrics.retained_layers.set(leaders / len(running) if running else 0)
+        self.metrics.num_leaders.set(leaders / len(running) if running else 0)
 
     def _check_model(self) -> None:
         """A damaged checkpoint can load and compute nonsense."""
