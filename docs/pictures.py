@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drawing import arrow, rect, svg, text
 from transformers import LlamaConfig
 
 from depthkv import RandomCrossLayer, SharingPlan
@@ -24,36 +25,13 @@ from depthkv.routing import Sampler
 from depthkv.samplers import default_sampler
 
 DOCS = Path(__file__).resolve().parent
-WIDTH = 560
-"""Narrow, so that text of 14 pixels can still be read on a phone."""
-
-# Blue and orange differ for people with colour blindness, too; the paper keeps the ink legible where a viewer shows the
-# picture on a page of the other scheme
-STYLE = """
-:root { --paper: #ffffff; --ink: #24292f; --soft: #57606a; --line: #8c959f; --layer: #ffffff; --keep: #0969da;
-        --work: #54aeff; --idle: #dfe4ea; --read: #bc4c00; --on: #ffffff }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #0d1117; --ink: #e6edf3; --soft: #9aa4af; --line: #6e7681; --layer: #22272e; --keep: #1f6feb;
-          --work: #79c0ff; --idle: #30363d; --read: #f0883e } }
-text { font: 14px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
-.soft { fill: var(--soft); font-size: 13px } .title { font-weight: 600 } .on { fill: var(--on); font-weight: 600 }
-.middle { text-anchor: middle } .end { text-anchor: end } .paper { fill: var(--paper) }
-.halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
-.layer { fill: var(--layer); stroke: var(--line); stroke-width: 1.5 }
-.keep { fill: var(--keep) } .work { fill: var(--work) } .idle { fill: var(--idle) }
-.read { fill: none; stroke: var(--read); stroke-width: 1.8 } .head { fill: var(--read) }
-.own { fill: none; stroke: var(--keep); stroke-width: 1.8 } .grid { stroke: var(--idle); fill: none }
-.one, .two, .all { fill: none; stroke-width: 1.8 } .one { stroke: var(--read) } .two { stroke: var(--line) }
-.two { stroke-dasharray: 5 4 } .all { stroke: var(--keep); stroke-width: 3 } .span { stroke-width: 1.8 }
-.dot { stroke: none } .dot.one { fill: var(--read) } .dot.two { fill: var(--line) } .dot.all { fill: var(--keep) }
-"""
 
 
 def hero(*, narrow: bool) -> str:
     """The retention curve and the memory picture, side by side or one above the other."""
     curve, seen = _retention_panel(8, 400 if narrow else 410)
-    bars, sizes = _memory_panel(8, 372, 384) if narrow else _memory_panel(478, 0, 344, pitch=74)
-    return _svg(curve + bars, 602 if narrow else 350, f"{seen}. {sizes}", width=408 if narrow else 830)
+    bars, sizes = _memory_panel(8, 372, 384) if narrow else _memory_panel(468, 0, 354, pitch=74)
+    return svg(curve + bars, 602 if narrow else 350, f"{seen}. {sizes}", width=408 if narrow else 830)
 
 
 def layers() -> str:
@@ -67,13 +45,13 @@ def layers() -> str:
     for number, (title, plan) in enumerate(rows):
         top = 136 * number
         kept = f"{len(plan.leaders)} caches of {plan.num_layers}: retention {plan.retention:.0%}"
-        parts += [_text(8, top + 22, title, "title"), _text(552, top + 22, kept, "soft end")]
+        parts += [text(8, top + 22, title, "title"), text(552, top + 22, kept, "soft end")]
         parts += _plan_row(plan, 46, top + 36)
-    parts += [_rect(46, 418, 40, 24, "keep"), _text(66, 435, "KV", "on middle"), _text(96, 435, "cache of a leader")]
+    parts += [rect(46, 418, 40, 24, "keep"), text(66, 435, "KV", "on middle"), text(96, 435, "cache of a leader")]
     parts += ['<path class="read" d="M268 430H296"/>', '<path class="head" d="M304 430L296 425.5V434.5Z"/>']
-    parts.append(_text(314, 435, "a follower reads its source"))
+    parts.append(text(314, 435, "a follower reads its source"))
     plans = "; ".join(f"{title} ({len(plan.leaders)} caches)" for title, plan in rows)
-    return _svg(
+    return svg(
         parts,
         456,
         f"Eight layers under three plans: {plans}. Each follower reads the cache of its source, an earlier leader",
@@ -83,7 +61,7 @@ def layers() -> str:
 def memory() -> str:
     """The cache of one long sequence in a 70B model, at three retentions."""
     parts, seen = _memory_panel(8, 0, 544)
-    return _svg(parts, 226, seen)
+    return svg(parts, 226, seen)
 
 
 def training() -> str:
@@ -100,14 +78,14 @@ def training() -> str:
             sources = sampler.draw(step, kinds)
             reading = sum(source != layer for layer, source in enumerate(sources))
             parts += [
-                _text(8, top + 22, f"sampler {name}, step {step}", "title"),
-                _text(552, top + 22, f"{reading} of 8 layers read another's", "soft end"),
+                text(8, top + 22, f"sampler {name}, step {step}", "title"),
+                text(552, top + 22, f"{reading} of 8 layers read another's", "soft end"),
             ]
             parts += _map_row(sources, 46, top + 68)
             row += 1
-    parts += [_rect(46, 440, 40, 24, "keep"), _text(96, 457, "reads its own")]
-    parts += [_rect(236, 440, 40, 24, "layer"), _text(286, 457, "reads its source, along the arrow")]
-    return _svg(
+    parts += [rect(46, 440, 40, 24, "keep"), text(96, 457, "reads its own")]
+    parts += [rect(236, 440, 40, 24, "layer"), text(286, 457, "reads its source, along the arrow")]
+    return svg(
         parts, 476, "Random maps of four training steps, two by R-CLA and two by leader sets: which layer reads which"
     )
 
@@ -118,27 +96,27 @@ def prefill() -> str:
     panels = (("every second layer leads", SharingPlan.every(2, 8)), ("the front half leads", _front_half()))
     for panel, (title, plan) in enumerate(panels):
         left = 50 + 264 * panel
-        parts.append(_text(left, 22, title, "title"))
+        parts.append(text(left, 22, title, "title"))
         last = plan.leaders[-1]
         cells: dict[str, str] = {}
         for layer in range(8):
             top = 36 + 22 * (7 - layer)
-            parts.append(_text(left - 8, top + 14, str(layer), "soft end"))
+            parts.append(text(left - 8, top + 14, str(layer), "soft end"))
             for token in range(12):
                 runs = layer <= last or token == 11
                 kind = "idle" if not runs else "keep" if layer in plan.leaders else "work"
                 cells[kind] = cells.get(kind, "") + f"M{left + 20 * token} {top}h17v18h-17z"
         parts += [f'<path class="{kind}" d="{path}"/>' for kind, path in cells.items()]
-        parts.append(_text(left, 230, "the prompt, last token on the right", "soft"))
-    parts.append(_text(0, 0, "layer", "soft middle", turned=(20, 124)))
+        parts.append(text(left, 230, "the prompt, last token on the right", "soft"))
+    parts.append(text(0, 0, "layer", "soft middle", turned=(20, 124)))
     for x, kind, words in (
         (50, "keep", "leader runs, caches"),
         (240, "work", "follower runs"),
         (390, "idle", "does not run"),
     ):
-        parts += [_rect(x, 246, 20, 18, kind, radius=3), _text(x + 28, 260, words)]
+        parts += [rect(x, 246, 20, 18, kind, radius=3), text(x + 28, 260, words)]
     stops = " and ".join(f"{sum(n > p.leaders[-1] for n in range(8))} of 8 where {title}" for title, p in panels)
-    return _svg(parts, 276, f"In prefill, layers above the last leader run for the last token only: {stops}")
+    return svg(parts, 276, f"In prefill, layers above the last leader run for the last token only: {stops}")
 
 
 def largest() -> str:
@@ -149,19 +127,19 @@ def largest() -> str:
     found = {row["plan"]: row for row in rows if row["context"] == 8192}
     scale = 210 / max(row["batch_size"] for row in found.values())
     parts = [
-        _text(8, 22, "Sequences of 8,192 tokens that fit, by layers that keep a cache", "title"),
-        _text(8, 42, "beside the weights of Qwen3-8B in 80 GB of an NVIDIA H200", "soft"),
+        text(8, 22, "Sequences of 8,192 tokens that fit, by layers that keep a cache", "title"),
+        text(8, 42, "beside the weights of Qwen3-8B in 80 GB of an NVIDIA H200", "soft"),
     ]
     for i, (plan, name) in enumerate(names.items()):
         top, size = 58 + 40 * i, found[plan]["batch_size"]
         parts += [
-            _text(8, top + 20, name),
-            _rect(160, top, size * scale, 28, "keep"),
-            _text(160 + size * scale + 8, top + 20, str(size), "title"),
-            _text(552, top + 20, f"{found[plan]['tokens_per_s']:,.0f} tok/s eager", "soft end"),
+            text(8, top + 20, name),
+            rect(160, top, size * scale, 28, "keep"),
+            text(160 + size * scale + 8, top + 20, str(size), "title"),
+            text(552, top + 20, f"{found[plan]['tokens_per_s']:,.0f} tok/s eager", "soft end"),
         ]
     label = ", ".join(f"{name} {found[plan]['batch_size']}" for plan, name in names.items())
-    return _svg(parts, 304, f"Sequences of 8K tokens in 80 GB, by layers that keep a cache: {label}")
+    return svg(parts, 304, f"Sequences of 8K tokens in 80 GB, by layers that keep a cache: {label}")
 
 
 _LEAST = 0.003
@@ -187,17 +165,17 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
     def down(loss: float) -> float:
         return bottom - (bottom - top) * (math.log(max(loss, _LEAST)) - low) / (high - low)
 
-    parts = [_text(8, 22, "Loss over the full cache, nats per token", "title")]
+    parts = [text(8, 22, "Loss over the full cache, nats per token", "title")]
     for value in (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
         if low <= math.log(value) <= high:
             y = down(value)
             parts += [
                 f'<path class="grid" d="M{left:g} {y:.1f}H{right:g}"/>',
-                _text(left - 8, round(y + 4, 1), f"{value:g}", "soft end"),
+                text(left - 8, round(y + 4, 1), f"{value:g}", "soft end"),
             ]
     for factor in factors:
-        parts.append(_text(round(across(factor), 1), bottom + 22, f"{factor:g}x", "soft middle"))
-    parts.append(_text((left + right) / 2, bottom + 44, "times smaller than the full cache", "soft middle"))
+        parts.append(text(round(across(factor), 1), bottom + 22, f"{factor:g}x", "soft middle"))
+    parts.append(text((left + right) / 2, bottom + 44, "times smaller than the full cache", "soft middle"))
     names: list[tuple[float, str, str]] = []
     shorter: list[str] = []
     for axes in sorted({tuple(line["axes"]) for line in known}, key=lambda found: (len(found), found)):
@@ -213,15 +191,15 @@ def joint(lines: Sequence[Mapping[str, Any]]) -> str:
         style = "title" if len(axes) == 3 else "" if len(axes) == 1 else "soft"
         if row[-1][0] < factors[-1]:  # nothing smaller with these axes
             x, y = across(row[-1][0]) + 8, down(row[-1][1]) + 18
-            shorter.append(_text(round(x, 1), round(y, 1), name, f"{style} halo".strip()))
+            shorter.append(text(round(x, 1), round(y, 1), name, f"{style} halo".strip()))
         else:
             names.append((down(row[-1][1]), name, style))
     at = top - 14.0
     for y, name, kind in sorted(names):
         at = max(at + 17, y + 4)
-        parts.append(_text(right + 12, round(at, 1), name, kind))
+        parts.append(text(right + 12, round(at, 1), name, kind))
     seen = f"Loss over the full cache of {lines[0]['label']}, by size of the cache and what is saved on"
-    return _svg(parts + shorter, 386, seen)
+    return svg(parts + shorter, 386, seen)
 
 
 def _raw(name: str) -> list[dict[str, Any]]:
@@ -272,17 +250,17 @@ def _retention_panel(left: float, width: float) -> tuple[list[str], str]:
     data = [name.rpartition(":")[2] for name in groups["adapter"]["data"]]
     texts = ", ".join(data) if len(data) < 4 else f"{len(data)} kinds of text"
     parts = [
-        _text(left, 22, "Held-out loss, nats per token", "title"),
-        _text(left, 42, f"{model} on {texts}", "soft"),
+        text(left, 22, "Held-out loss, nats per token", "title"),
+        text(left, 42, f"{model} on {texts}", "soft"),
     ]
     for loss in range(low, high + 1, 2):
         parts += [
             f'<path class="grid" d="M{start:g} {down(loss):.1f}H{right + 12:g}"/>',
-            _text(start - 8, round(down(loss) + 4, 1), str(loss), "soft end"),
+            text(start - 8, round(down(loss) + 4, 1), str(loss), "soft end"),
         ]
-    parts += [_text(round(across(share), 1), bottom + 22, f"{share:.0%}", "soft middle") for share in shares]
+    parts += [text(round(across(share), 1), bottom + 22, f"{share:.0%}", "soft middle") for share in shares]
     parts.append(
-        _text((start + right) / 2, bottom + 43, "layers that keep a cache; whiskers: 95% intervals", "soft middle")
+        text((start + right) / 2, bottom + 43, "layers that keep a cache; whiskers: 95% intervals", "soft middle")
     )
     for (name, rows), kind in zip(curves.items(), ("one", "all"), strict=True):
         points = [(across(row["retention"]), row["loss_score"]) for row in rows]
@@ -295,14 +273,14 @@ def _retention_panel(left: float, width: float) -> tuple[list[str], str]:
             parts += [f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y}" r="4"/>']
             # with every layer's cache the curves meet: one figure, below both
             if score is not points[-1][1]:
-                parts.append(_text(round(x, 1), upper - 7, f"{score['value']:.2f}", "title middle halo"))
+                parts.append(text(round(x, 1), upper - 7, f"{score['value']:.2f}", "title middle halo"))
             elif kind == "all":
-                parts.append(_text(round(x, 1), lower + 18, f"{score['value']:.2f}", "title middle halo"))
+                parts.append(text(round(x, 1), lower + 18, f"{score['value']:.2f}", "title middle halo"))
         lowest, highest = (
             pick(down(score[end]) for _, score in points[:-1]) for pick, end in ((max, "low"), (min, "high"))
         )
         y = lowest + 24 if kind == "one" else highest - 28
-        parts.append(_text(round(points[0][0] - 8, 1), round(y, 1), name, "halo"))
+        parts.append(text(round(points[0][0] - 8, 1), round(y, 1), name, "halo"))
     seen = "; ".join(
         f"{name} " + ", ".join(f"{row['loss']:.2f} at {row['retention']:.0%}" for row in reversed(rows))
         for name, rows in curves.items()
@@ -326,16 +304,16 @@ def _memory_panel(left: float, top: float, width: float, pitch: float = 56) -> t
     of = f"{tokens // 1024}K tokens"
     shape = f"{count} layers, {config.num_key_value_heads} KV heads of {config.head_dim}"
     parts = [
-        _text(left, top + 22, f"KV cache of {of} in a 70B model", "title"),
-        _text(left, top + 42, f"one sequence; {shape}; {str(dtype).removeprefix('torch.')}", "soft"),
+        text(left, top + 22, f"KV cache of {of} in a 70B model", "title"),
+        text(left, top + 42, f"one sequence; {shape}; {str(dtype).removeprefix('torch.')}", "soft"),
     ]
     shown = {name: format_bytes(size).replace(".00", "") for name, size in sizes.items()}
     for row, (name, size) in enumerate(sizes.items()):
         y = top + pitch + pitch * row
         parts += [
-            _text(left, y + 14, f"{name} keeps a cache, {plans[name].retention:.0%}"),
-            _rect(left, y + 22, size * scale, 26, "keep"),
-            _text(left + size * scale + 8, y + 40, shown[name], "title"),
+            text(left, y + 14, f"{name} keeps a cache, {plans[name].retention:.0%}"),
+            rect(left, y + 22, size * scale, 26, "keep"),
+            text(left + size * scale + 8, y + 40, shown[name], "title"),
         ]
     return parts, f"KV cache of {of} in a 70B model: " + ", ".join(f"{name} {size}" for name, size in shown.items())
 
@@ -348,77 +326,48 @@ def _plan_row(plan: SharingPlan, left: float, top: float) -> Iterator[str]:
     """Layers on top, caches of leaders below, an arrow from each cache to whoever reads it."""
     for layer, source in enumerate(plan.kv_source_layers):
         x = left + 60 * layer
-        yield _rect(x, top, 40, 28, "layer")
-        yield _text(x + 20, top + 19, str(layer), "middle")
+        yield rect(x, top, 40, 28, "layer")
+        yield text(x + 20, top + 19, str(layer), "middle")
         if source == layer:
-            yield _rect(x, top + 54, 40, 24, "keep")
-            yield _text(x + 20, top + 71, "KV", "on middle")
+            yield rect(x, top + 54, 40, 24, "keep")
+            yield text(x + 20, top + 71, "KV", "on middle")
             yield f'<path class="own" d="M{x + 20} {top + 54}V{top + 30}"/>'
     for layer in plan.followers:
         source = plan.kv_source_layers[layer]
         start, end = left + 60 * source + 40, left + 60 * layer + 20
         bend = top + 66
         yield f'<path class="read" d="M{start} {bend}H{end - 8}Q{end} {bend} {end} {bend - 8}V{top + 36}"/>'
-        yield _arrow(end, top + 30)
+        yield arrow(end, top + 30)
 
 
 def _map_row(sources: Sequence[int], left: float, top: float) -> Iterator[str]:
     """Layers in a row, an arc from each source to its reader."""
     for layer, source in enumerate(sources):
         x = left + 60 * layer
-        yield _rect(x, top, 40, 28, "layer" if source != layer else "keep")
-        yield _text(x + 20, top + 19, str(layer), "middle" if source != layer else "on middle")
+        yield rect(x, top, 40, 28, "layer" if source != layer else "keep")
+        yield text(x + 20, top + 19, str(layer), "middle" if source != layer else "on middle")
         if source != layer:
             start, end = left + 60 * source + 26, x + 16
             height = 12 + 4 * (layer - source)
             yield f'<path class="read" d="M{start} {top}C{start} {top - height} {end} {top - height} {end} {top - 7}"/>'
-            yield _arrow(end, top - 1, down=True)
+            yield arrow(end, top - 1, down=True)
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str, radius: float = 5) -> str:
-    return f'<rect class="{kind}" x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="{radius:g}"/>'
-
-
-def _arrow(x: float, y: float, *, down: bool = False) -> str:
-    """A head whose tip is at (x, y)."""
-    tail = y - 8 if down else y + 8
-    return f'<path class="head" d="M{x} {y}L{x - 4.5} {tail}H{x + 4.5}Z"/>'
-
-
-def _text(x: float, y: float, words: str, kind: str = "", turned: tuple[float, float] | None = None) -> str:
-    place = (
-        f'x="{x:g}" y="{y:g}"' if turned is None else f'transform="translate({turned[0]:g} {turned[1]:g})rotate(-90)"'
-    )
-    return f'<text {place} class="{kind}">{escape(words)}</text>'
-
-
-def _svg(parts: Sequence[str], height: int, title: str, *, width: int = WIDTH) -> str:
-    body = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n'
-        f'<rect class="paper" width="{width}" height="{height}" rx="6"/>\n{body}\n</svg>\n'
-    )
-
-
-def with_alternative_texts(page: str, titles: Mapping[str, str]) -> str:
-    """The page with the title of each picture, by file name, as the alternative text where it is shown."""
-    pattern = r"!\[[^\]]*\](?=\([^)]*pictures/([\w-]+\.svg)\))"
-    page = re.sub(pattern, lambda found: f"![{titles[found[1]]}]", page)
-    pattern = r'<img alt="[^"]*"(?= src="[^"]*pictures/([\w-]+\.svg)")'
-    return re.sub(pattern, lambda found: f'<img alt="{escape(titles[found[1]])}"', page)
+def with_titles(page: str, pictures: Mapping[str, str]) -> str:
+    """The page with the title of each picture as the alternative text where it is shown."""
+    said = {name: unescape(drawn.partition("<title>")[2].partition("</title>")[0]) for name, drawn in pictures.items()}
+    file = r"[^\s\")]*pictures/([\w-]+\.svg)"
+    page = re.sub(rf"!\[[^\]]*\](?=\({file}\))", lambda found: f"![{said[found[1]]}]", page)
+    return re.sub(rf'<img alt="[^"]*"(?= src="{file}")', lambda found: f'<img alt="{escape(said[found[1]])}"', page)
 
 
 def main() -> None:
-    """Write all of them, and what they say into the pages."""
-    titles = {}
-    for name, draw in PICTURES.items():
-        drawn = draw()
-        titles[name] = unescape(drawn.partition("<title>")[2].partition("</title>")[0])
+    """Write all of them, and what they say into the pages that show them."""
+    pictures = {name: draw() for name, draw in PICTURES.items()}
+    for name, drawn in pictures.items():
         (DOCS / "pictures" / name).write_text(drawn, encoding="utf-8")
-    for page in (DOCS.with_name("README.md"), *DOCS.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        page.write_text(with_alternative_texts(text, titles), encoding="utf-8")
+    for page in (DOCS.with_name("README.md"), *DOCS.rglob("*.md")):
+        page.write_text(with_titles(page.read_text(encoding="utf-8"), pictures), encoding="utf-8")
 
 
 if __name__ == "__main__":
