@@ -28,7 +28,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    _MESSAGE = f'expected lm-evaluation-harness 0.4.10 or newer, got: {error}; pip install "depthkv[eval]"'
+    _MESSAGE = f"expected lm-evaluation-harness 0.4.10 or newer (pip install 'depthkv[eval]'), got: {error}"
     if __name__ == "__main__":
         print(f"depthkv: {_MESSAGE}", file=sys.stderr)
         sys.exit(2)

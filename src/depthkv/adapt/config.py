@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,9 @@ class AdaptConfig:
         for name in self.report_to:
             if name not in REPORTERS:
                 raise DepthKVError(f"expected report_to among {', '.join(REPORTERS)}, got {name!r}")
+            if importlib.util.find_spec(name) is None:
+                needed = "depthkv[train]" if name == "tensorboard" else name
+                raise DepthKVError(f"expected {name} to be installed (pip install '{needed}'), got none")
         for name, choices in (("trainable", TRAINABLE), ("decay", DECAYS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise DepthKVError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
