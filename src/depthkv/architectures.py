@@ -135,7 +135,7 @@ def positions_of_one_rope(config: PreTrainedConfig) -> int | None:
     return most if isinstance(most, int) else None
 
 
-def _check_supported(config: PreTrainedConfig) -> None:
+def check_supported(config: PreTrainedConfig) -> None:
     """Refuse models whose layers cannot share, by their config alone.
 
     Raises:
@@ -175,7 +175,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     Raises:
         UnsupportedModelError: encoder-decoder, cross attention, latent (MLA) or linear attention, built-in sharing.
     """
-    _check_supported(config)
+    check_supported(config)
     config = text_config(config)
     num_layers: int = config.num_hidden_layers
     layer_configs = getattr(config, "per_layer_config", None)
