@@ -79,7 +79,9 @@ def broken_json(draw: st.DrawFn, valid: Any) -> bytes:
         if change == "drop":
             del holder[key]
         elif change == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(("x", "", "format", "\ud800", str(key) + "s")))] = draw(st.sampled_from(_ODD))
+            holder[draw(st.sampled_from(("x", "", "format", "\ud800", str(key) + "s")))] = copy.deepcopy(
+                draw(st.sampled_from(_ODD))
+            )
         elif change == "nest":
             holder[key] = draw(st.sampled_from(([holder[key]], {"x": holder[key]})))
         elif change == "double" and isinstance(holder, list):
@@ -218,9 +220,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "recipe": Target(valid=recipe.to_dict(), name="recipe.json", read=CacheRecipe.load),
         "calibration": Target(valid=_calibration(folder, kinds), name="calibration.json", read=Calibration.load),
         "losses": Target(valid=losses, name="l.json", read=lambda p: load_losses(p, "x", "depthkv-x", "f", 2)),
-        "router": Target(
-            valid=header, name="r.safetensors", read=lambda p: load_router(p, kinds), encode=with_header
-        ),
+        "router": Target(valid=header, name="r.safetensors", read=lambda p: load_router(p, kinds), encode=with_header),
         "questions": Target(valid=squad, name="squad.json", read=read_squad),
         "text": Target(valid={"text": "w1 w2 w3"}, name="text.jsonl", read=read_texts),
         "completion request": Target(
