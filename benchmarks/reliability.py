@@ -2,7 +2,7 @@
 
     make fuzz                                                   # 10,000 files, 2,000 combinations, 200 calls
     PYTHONPATH=tests python benchmarks/reliability.py --seed 7  # others
-    PYTHONPATH=tests python benchmarks/reliability.py --runs combinations --seed 1234 --combinations 1   # one case again
+    PYTHONPATH=tests python benchmarks/reliability.py --runs combinations --seed 1234 --combinations 1  # one case
 
 Run from the repository's root: it uses the tests' models. Exits with 1 where anything failed.
 """

@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from damage import KINDS_OF_FILE, Target, broken_json, put, targets
+from depthkv.architectures import layer_kinds
+from depthkv.checkpoint import load_config
 from depthkv.errors import DepthKVError
 
 CASES = int(os.environ.get("DEPTHKV_FUZZ_CASES", "15"))
@@ -86,3 +88,22 @@ def test_damaged_files(name: str, formats: dict[str, Target]) -> None:
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"format": name, **seen}) + "\n")
     assert seen["refused"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": True}, "expected architectures as a list of names in the config of .*, got True"),
+        ({"architectures": [None]}, "expected architectures as a list of names"),
+        ({"dtype": True}, "expected a dtype such as bfloat16 in the config of .*, got True"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000, which is no whole number from 1 to 10,000"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0, which"),
+    ],
+)
+def test_configs_of_wrong_types_are_refused(
+    tmp_path: Path, formats: dict[str, Target], change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**formats["inspect: config"].valid, **change}), encoding="utf-8")
+    with pytest.raises(DepthKVError, match=message):
+        layer_kinds(load_config(path))
