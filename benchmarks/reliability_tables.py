@@ -20,7 +20,8 @@ def reliability(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         if kind == "files":
             came = f"{sum(run['refused'] for run in found):,} refused, the others read"
         else:
-            came = f"largest difference of a logit in those that passed {max(run['largest_difference'] for run in found):.1e}"
+            most = max(run["largest_difference"] for run in found)
+            came = f"largest difference of a logit in those that passed {most:.1e}"
         cases, failures = (f"{sum(run[key] for run in found):,}" for key in ("cases", "failures"))
         rows.append([label, cases, shown, failures, came])
     leaks = [run for run in runs if run["run"] == "leaks"][-1:]
