@@ -17,12 +17,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint docs dist vllm-env vllm-test clean FORCE
+.PHONY: help demo test slow fuzz lint docs dist vllm-env vllm-test clean FORCE
 
 help:
 	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
 	@echo "make test   the tests, on CPU and without a network"
 	@echo "make slow   the tests that take minutes or download a model"
+	@echo "make fuzz   10,000 damaged files, 2,000 combinations against the oracle, memory over 200 calls"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation site, in site/"
 	@echo "make dist   wheel and source distribution, checked, in dist/"
@@ -38,6 +39,10 @@ test: $(VENV)/dev.stamp
 
 slow: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m slow --timeout 3600 tests
+
+# FUZZ="--seed 7 --out docs/raw/reliability.jsonl" for other cases, kept.
+fuzz: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py $(FUZZ)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from typing import Any
 
 import gpu_tables
 import joint_tables
+import reliability_tables
 import scale_tables
 import serve_tables
 import vllm_tables
@@ -376,6 +377,7 @@ def of_lines(name: str, made: Callable[[list[dict[str, Any]]], tuple[list[str], 
 for name, module in {
     "gpu.jsonl": gpu_tables,
     "joint.jsonl": joint_tables,
+    "reliability.jsonl": reliability_tables,
     "scale.jsonl": scale_tables,
     "serve.jsonl": serve_tables,
     "vllm.jsonl": vllm_tables,

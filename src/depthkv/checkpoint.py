@@ -254,10 +254,16 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _require_causal(config: PreTrainedConfig, name: str) -> None:
-    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if not isinstance(stored := getattr(config, "dtype", None), torch.dtype | None):
+        raise CheckpointError(f"expected a dtype such as bfloat16 in the config of {name}, got {stored!r}")
+    names = getattr(config, "architectures", None) or [type(config).__name__]
+    if not isinstance(names, list) or not isinstance(architecture := names[0], str):
+        raise CheckpointError(f"expected architectures as a list of names in the config of {name}, got {names!r}")
     causal = not getattr(config, "is_encoder_decoder", False) and not architecture.endswith(_NOT_CAUSAL)
-    custom = getattr(config, "auto_map", None) or {}
-    known = "AutoModelForCausalLM" in custom or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    custom = getattr(config, "auto_map", None)
+    known = (isinstance(custom, dict) and "AutoModelForCausalLM" in custom) or type(
+        config
+    ) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if not causal or not known:
         raise CheckpointError(f"expected a decoder-only causal language model, got {architecture} ({name})")
 
