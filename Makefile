@@ -17,15 +17,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint bench docs vllm-env vllm-test clean FORCE
+.PHONY: help demo test slow fuzz lint bench docs dist vllm-env vllm-test clean FORCE
 
 help:
 	@echo "make demo   adapt SmolLM2-135M to a smaller KV cache and show the result in $(OUT)/"
 	@echo "make test   the tests, on CPU and without a network"
 	@echo "make slow   the tests that take minutes or download a model"
+	@echo "make fuzz   10,000 damaged files, 2,000 combinations against the oracle, memory over 200 calls"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measures docs/results.md again, as far as a CPU can: 85 minutes on 2 quiet cores; make bench ARGS=--list"
 	@echo "make docs   the documentation site, in site/"
+	@echo "make dist   wheel and source distribution, checked, in dist/"
 	@echo "make vllm-test  the tests that need vLLM, in $(VLLM_VENV), 3.4 GB (Python 3.11 or newer)"
 	@echo "make clean  remove .venv and caches of tools"
 
@@ -39,6 +41,10 @@ test: $(VENV)/dev.stamp
 slow: $(VENV)/dev.stamp
 	$(BIN)/pytest -q -m slow --timeout 3600 tests
 
+# FUZZ="--seed 7 --out docs/raw/reliability.jsonl" for other cases, kept.
+fuzz: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python benchmarks/reliability.py $(FUZZ)
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +57,14 @@ bench: $(VENV)/dev.stamp
 # The variable keeps the theme from advertising its successor.
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel is built from the source distribution, so what one lacks the other lacks, too.
+dist: $(VENV)/dist.stamp
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	@ls -l dist
 
 # vLLM pins builds of torch and its companions that are no release on PyPI, so its requirements are installed without them.
 vllm-env: $(VLLM_VENV)/vllm.stamp
@@ -70,7 +84,7 @@ $(VLLM_VENV)/vllm.stamp: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .mypy_cache
 
 # A stamp is written after pip succeeded, so that an interrupted installation is taken up again. The first stamp holds
 # what TORCH was: another TORCH is then installed instead of being ignored.
@@ -91,3 +105,7 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/run.stamp
+
+$(VENV)/dist.stamp: $(VENV)/torch.stamp
+	$(BIN)/pip install --quiet build twine check-wheel-contents
+	@touch $@

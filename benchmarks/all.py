@@ -83,7 +83,7 @@ def listing(chosen: Sequence[Step], steps: Sequence[Step]) -> None:
         if step not in chosen:
             print(f"    {step.name}: {step.seconds / 60:.0f} minutes, with --only {shlex.quote(step.name)}")
     for name, words in ELSEWHERE.items():
-        print(f"    {name}: needs {words}")
+        print(f"    {name}: {words}")
 
 
 class Run:

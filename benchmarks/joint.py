@@ -24,8 +24,8 @@ from typing import Any
 
 from depthkv import load, share
 from depthkv.architectures import layer_kinds
+from depthkv.cli.joint import halves_of_held_out, read_ladder
 from depthkv.cli.plan import text_blocks
-from depthkv.cli.recipe import halves_of_held_out, read_ladder
 from depthkv.compress.figures import plain
 from depthkv.compress.losses import RecipeLosses
 from depthkv.compress.planner import Chosen, choose_recipe, subsets

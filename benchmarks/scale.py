@@ -209,7 +209,7 @@ def main() -> None:
     all_.add_argument("--tokens", type=int, required=True, help="at most, of each arm")
     all_.add_argument("--seconds", type=float, required=True, help="for everything but the measurements at the end")
     all_.add_argument("--warm-up", type=float, default=90, help="seconds until the speed is known")
-    all_.add_argument("--margin", type=float, default=1.0, help="of the slowest arm's speed; > 1 where others end first")
+    all_.add_argument("--margin", type=float, default=1.0, help="of the slowest speed; > 1 if others end first")
     all_.set_defaults(run=run)
     for command in (first, one, all_):
         command.add_argument("--model", default="builtin:smollm2-135m")

@@ -14,11 +14,12 @@ UNSEEN = "brown"
 
 def losses(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Held-out loss of each arm, the mean over the texts that all train on, and that of the one that none does."""
-    arms = {row["method"]: row for row in rows if row["run"] == "scale"}
-    base = arms["base"]
-    plans = list(next(iter(base["test"].values())))
+    arms = [row for row in rows if row["run"] == "scale"]
+    bases = [row for row in arms if row["method"] == "base"]
+    plans = list(next(iter(bases[0]["test"].values())))
     lines = []
-    for row in arms.values():
+    for row in arms:
+        base = min(bases, key=lambda base: abs(base["tokens"] - row["tokens"]))
         cells = []
         for plan in plans:
             loss, best = (_seen(arm, name) for arm, name in ((row, plan), (base, plans[0])))

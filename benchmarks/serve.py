@@ -49,7 +49,7 @@ async def one(client: Any, prompt: list[int], retention: float, max_tokens: int)
         found["text"] += choice.text
         found["tokens"] += 1
         found["reason"] = choice.finish_reason or found["reason"]
-        found["layers"].append(chunk.depthkv["retained_layers"])
+        found["layers"].append(chunk.depthkv["num_leaders"])
     return found
 
 

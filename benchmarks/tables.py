@@ -23,6 +23,7 @@ import gpu_tables
 import inline
 import joint_tables
 import planner_tables
+import reliability_tables
 import scale_tables
 import serve_tables
 import training_tables
@@ -214,6 +215,7 @@ def of_lines(name: str, made: Callable[[list[dict[str, Any]]], tuple[list[str], 
 for name, module in {
     "gpu.jsonl": gpu_tables,
     "joint.jsonl": joint_tables,
+    "reliability.jsonl": reliability_tables,
     "scale.jsonl": scale_tables,
     "serve.jsonl": serve_tables,
     "vllm.jsonl": vllm_tables,

@@ -55,7 +55,7 @@ def evaluation(model: str = "builtin:smollm2-135m-depthkv", harm: float = 1.0, s
         "dtype": "bfloat16",
         "seed": 0,
         "num_layers": LAYERS,
-        "recipe": {"made_by": "depthkv adapt", "base_model": "builtin:smollm2-135m", "tokens": 4005888},
+        "provenance": {"made_by": "depthkv adapt", "base_model": "builtin:smollm2-135m", "tokens": 4005888},
         "environment": {
             "depthkv": "0.1.0",
             "python": "3.11.2",

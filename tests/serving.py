@@ -47,7 +47,7 @@ class Answer:
 
     @property
     def layers(self) -> list[int]:
-        return [event.retained_layers for event in self.events]
+        return [event.num_leaders for event in self.events]
 
 
 def ask(engine: Engine, prompt: Sequence[int], max_tokens: int = 12, **options: Any) -> tuple[Request, Answer]:

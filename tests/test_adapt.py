@@ -25,8 +25,8 @@ from transformers.models.auto import AutoModelForCausalLM
 from depthkv import RandomCrossLayer, SharingPlan, share
 from depthkv.adapt import AdaptConfig, AdaptResult, StepInfo, adapt, discard_state, has_state
 from depthkv.adapt.cpu_attention import FasterCpuAttention
+from depthkv.adapt.examples import EndlessExamples
 from depthkv.adapt.loss import chunked_cross_entropy, next_token_loss
-from depthkv.adapt.run import _Endless
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.head import plain_head
 
@@ -276,7 +276,7 @@ def test_frozen_weights_stay_frozen() -> None:
 
 def test_order_of_the_data() -> None:
     def rows(seed: int, count: int = 24) -> list[int]:
-        data = _Endless(make_blocks(8), make_config(seed=seed, max_tokens=16 * 24), 1)
+        data = EndlessExamples(make_blocks(8), make_config(seed=seed, max_tokens=16 * 24), 1)
         assert len(data) == 24
         return [data.row(position) for position in range(count)]
 

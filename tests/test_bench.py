@@ -202,7 +202,7 @@ class TestCommand:
     def test_one_cell(self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(model, "--prompt-tokens", 8, "--json", tmp_path / "o.json") == 0
         out = capsys.readouterr().out
-        for text in ("8 + 3 tokens, batch 1", "between tokens", "decoding, of the limit", "2 of 4 layers kept"):
+        for text in ("8 + 3 tokens, batch 1", "between tokens", "decoding, of the limit", "2 of 4 layers are leaders"):
             assert text in out
         found = json.loads((tmp_path / "o.json").read_text())
         assert json.loads(out.strip().splitlines()[-1]) == found

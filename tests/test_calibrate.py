@@ -14,9 +14,10 @@ import torch
 
 from depthkv import SharingPlan, share
 from depthkv.adapt.adapters import LoraSettings, add_adapter
-from depthkv.calibrate import SIMILARITIES, Calibration, Calibrator, run
+from depthkv.calibrate import Calibration, Calibrator, run
 from depthkv.calibrate.moments import RIDGE, Moments
 from depthkv.calibrate.probe import Probe
+from depthkv.calibrate.store import SIMILARITIES
 from depthkv.errors import DepthKVError, PlanError
 from depthkv.evaluate import perplexity
 from depthkv.reference import ReferenceCache

@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from depthkv import checkpoint, downloads, location
+from depthkv import downloads, location
 from depthkv.checkpoint import load, load_config, save
 from depthkv.errors import CheckpointError
 from depthkv.plan import SharingPlan
@@ -425,7 +425,3 @@ def test_cache_dir(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], e
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert str(downloads.cache_dir()) == expected
-
-
-def test_builtin_models_are_listed_once() -> None:
-    assert checkpoint.BUILTIN_MODELS is downloads.BUILTIN_MODELS

@@ -300,7 +300,7 @@ def test_adapter_alone_refers_to_the_model(model: Path, text: Path, tmp_path: Pa
         ("--objective", "attention", "--sampler", "r-cla+leader-subset"),
         ("--objective", "distill", "--sampler", "per-sequence:r-cla", "--accumulate-steps", 2),
         ("--local-steps", 3, "--sampler", "plan", "--gradient-checkpointing"),
-        ("--eval-every", 2, "--early-stop", 1, "--best-mix", "1:1,.5:2", "--decay", "constant", "--warmup", 0.1),
+        ("--eval-every", 2, "--early-stop", 1, "--best-mix", "1:1,.5:2"),
         ("--trainable", "query-output", "--sampler", "rd-cla:2", "--independent-maps"),
     ],
     ids=lambda more: more[1],
@@ -563,7 +563,6 @@ BAD_INPUT: dict[str, tuple[Case, str]] = {
         lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", *DISTILL, d / "none.safetensors"],
         "stored teacher in",
     ),
-    "unknown schedule": (lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--decay", "cliff"], "cliff"),
     "learning rate of 0": (
         lambda m, t, d: ["adapt", m, "--data", t, "--out", d / "o", "--learning-rate", "0"],
         "--learning-rate",

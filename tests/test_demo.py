@@ -14,7 +14,7 @@ from depthkv.demo import run_demo
 from depthkv.errors import DataError, DepthKVError
 from tiny import LAYERS, tiny_checkpoint, tiny_text
 
-RECIPE = {"block_size": 64, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32"}
+SETTINGS = {"block_size": 64, "batch_size": 2, "learning_rate": 1e-2, "precision": "fp32"}
 
 
 def demo(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def demo(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         tiny_checkpoint(model)
         tiny_text(text)
     settings: dict[str, Any] = dict(model_name=str(model), data=str(text), device="cpu", minutes=0.02, eval_blocks=3)
-    return run_demo(tmp_path / "out", **{**settings, "recipe": RECIPE, "progress": False, **changes})
+    return run_demo(tmp_path / "out", **{**settings, "settings": SETTINGS, "progress": False, **changes})
 
 
 def test_demo_leaves_everything_in_its_folder(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_demo_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(RoutingTrainer, "compute_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         # every step is saved: what a kill would have left
-        demo(tmp_path, recipe={**RECIPE, "save_every_minutes": 1e-9})
+        demo(tmp_path, settings={**SETTINGS, "save_every_minutes": 1e-9})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["training"]
     figures = demo(tmp_path)
     assert figures["training"]["steps"] > 5 and not (tmp_path / "out" / "training").exists()

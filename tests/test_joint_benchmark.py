@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -81,10 +80,9 @@ def test_tables_and_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     excess = tables.TABLES["joint"]()
     assert "| tiny | all three |" in excess and "all three, of the best single" in excess
     assert tables.TABLES["joint-recipes"]().count("| tiny |") == 2
-    spec = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
-    assert spec is not None and spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import pictures
+
     drawn = pictures.joint(lines)
     ElementTree.fromstring(drawn)
     assert len(drawn) < 10_000 and drawn.count("all three") == 1

@@ -13,9 +13,10 @@ from matplotlib.image import imread
 from depthkv import SharingPlan
 from depthkv.errors import DepthKVError
 from depthkv.evaluate import CurveRow
-from depthkv.report import plot_loss, plot_plan, plot_retention, smooth
+from depthkv.report import plot_loss, plot_plan, plot_retention
 from depthkv.report.charts import Item, Line, Point, item_chart, line_chart
 from depthkv.report.parts import fixed, interval, per_cent, signed
+from depthkv.report.pictures import smooth
 
 
 def curve(*losses: float) -> list[CurveRow]:

@@ -110,7 +110,7 @@ class TestPage:
     def test_beside_other_files(self, tmp_path: Path) -> None:
         page = page_of(tmp_path, evaluation(), plan_file(), bench())
         tree = Tree(page.html)
-        assert tree.sections[:7] == [*SECTIONS, "curve"] and tree.sections[-4:] == ["speed", "recipe", *ABOUT]
+        assert tree.sections[:7] == [*SECTIONS, "curve"] and tree.sections[-4:] == ["speed", "provenance", *ABOUT]
         assert page.verdict.startswith("At 50 % of the cache, loss rises by")
         assert "; with the caches of 15 of 30 layers, held-out loss" in page.verdict
         assert '<th scope="col">builtin:smollm2-135m (plan)</th>' in page.html

@@ -16,6 +16,7 @@ from depthkv import SharingPlan
 from depthkv.adaptive.similarity import similarity_router
 from depthkv.architectures import layer_kinds
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError, ServerStoppedError
+from depthkv.export import remove_follower_kv
 from depthkv.serve.depth import Depths, Need
 from depthkv.serve.engine import Engine
 from depthkv.serve.ragged import joint_step
@@ -242,9 +243,7 @@ def test_a_plan_whose_other_layers_have_no_weights() -> None:
     plan = SharingPlan([0, 1, 1, 1])
     expected = generated(model, plan, prompt, pad_token_id=0)
     smaller = generated(model, SharingPlan([0, 0, 0, 0]), prompt, pad_token_id=0)
-    for layer in plan.followers:
-        attention = model.model.layers[layer].self_attn
-        attention.k_proj, attention.v_proj = torch.nn.Identity(), torch.nn.Identity()
+    remove_follower_kv(model, plan)
     with running(model, endless_tokenizer(), plan) as engine:
         assert (engine.depths.min_retention, engine.depths.max_retention) == (0.25, 0.5)
         assert ask(engine, prompt)[1].tokens == expected

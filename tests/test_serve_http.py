@@ -67,7 +67,7 @@ def test_completion_is_that_of_generate(client: Any, engine: Engine) -> None:
         assert choice["text"].strip() == endless_tokenizer().decode(engine_free, skip_special_tokens=True)
         assert choice["finish_reason"] == "length"
         assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
-        assert answer["depthkv"] == {"cache_bytes": 14 * leaders * 64, "retained_layers": leaders, "num_layers": 4}
+        assert answer["depthkv"] == {"cache_bytes": 14 * leaders * 64, "num_leaders": leaders, "num_layers": 4}
     assert complete(client, prompt=IDS).json()["choices"] == complete(client).json()["choices"]
 
 
@@ -191,7 +191,7 @@ def test_models_health_and_metrics(client: Any) -> None:
     complete(client)
     text = client.get("/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    for name in ("kv_cache_bytes", "retained_layers", "requests_waiting", "tokens_per_second"):
+    for name in ("kv_cache_bytes", "num_leaders", "requests_waiting", "tokens_per_second"):
         assert f"depthkv_{name}" in values
     assert float(values["depthkv_kv_budget_bytes"]) == 4 * 64 * 4000
     assert float(values["depthkv_time_to_first_token_seconds_count"]) >= 1

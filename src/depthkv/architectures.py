@@ -14,6 +14,8 @@ from depthkv.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+__all__ = ["LayerKind", "layer_kinds"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -133,6 +135,13 @@ def positions_of_one_rope(config: PreTrainedConfig) -> int | None:
     return most if isinstance(most, int) else None
 
 
+_NEEDED = ("num_hidden_layers", "num_attention_heads", "hidden_size")
+_SIZES = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 10_000) | dict.fromkeys(
+    ("hidden_size", "head_dim", "sliding_window", "attention_chunk_size", "max_position_embeddings"), 2**40
+)
+"""Sizes in a config, and above what a file is damaged: lists as long as there are layers would fill the memory."""
+
+
 def check_supported(config: PreTrainedConfig) -> None:
     """Refuse models whose layers cannot share, by their config alone.
 
@@ -155,13 +164,25 @@ def check_supported(config: PreTrainedConfig) -> None:
         getattr(config, "kv_source_layers", None) and hasattr(type(config), "kv_source_layers")
     ):
         refuse("layers that share KV already")
+    for attribute, most in _SIZES.items():
+        size = getattr(config, attribute, None)
+        if size is None and attribute not in _NEEDED:
+            continue
+        if size is None:
+            refuse(f"no {attribute} in its config")
+        least = 0 if attribute in ("sliding_window", "attention_chunk_size") else 1  # 0: Qwen2-MoE without windows
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size <= most:
+            refuse(f"{attribute} {size!r:.50}, which is no whole number from {least} to {most:,}")
+    if not isinstance(getattr(config, "rope_parameters", None) or {}, dict):
+        refuse("rope_parameters that are no object")
+    for attribute in ("layer_types", "no_rope_layers"):
+        values = getattr(config, attribute, None)
+        if values and (not isinstance(values, list | tuple) or len(values) != config.num_hidden_layers):
+            refuse(f"{attribute} that are no list with an entry for each of its {config.num_hidden_layers} layers")
     allowed = {"full_attention", "sliding_attention", "chunked_attention"}
     for layer, layer_type in enumerate(getattr(config, "layer_types", None) or []):
         if layer_type not in allowed:
             refuse(f"{layer_type} in layer {layer}")
-    for attribute in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
-        if not isinstance(getattr(config, attribute, None), int):
-            refuse(f"no {attribute} in its config")
     for attribute in ("ssm_cfg", "state_size", "mamba_d_state", "linear_num_key_heads", "attn_layer_period"):
         if getattr(config, attribute, None) is not None:
             refuse(f"state-space or linear attention layers ({attribute} in its config)")
@@ -171,7 +192,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
     """One `LayerKind` per layer; a layer may read only sources of an equal kind. Needs no weights.
 
     Raises:
-        UnsupportedModelError: as `check_supported`.
+        UnsupportedModelError: encoder-decoder, cross attention, latent (MLA) or linear attention, built-in sharing.
     """
     check_supported(config)
     config = text_config(config)

@@ -32,6 +32,8 @@ from depthkv.plan import SharingPlan
 from depthkv.roofline import MachineLimits, Work, forward_work, measure_limits, roofline
 from depthkv.sharing import share
 
+__all__ = ["BenchConfig", "BenchResult", "GridResult", "Sample", "bench", "bench_grid"]
+
 ARMS = ("full", "shared")
 
 How = SharingPlan | CacheRecipe

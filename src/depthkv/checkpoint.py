@@ -10,23 +10,14 @@ import contextlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers  # its classes are loaded when they are used: that takes seconds
 
-from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress
+from depthkv.downloads import BUILTIN_ADAPTERS, Progress
 from depthkv.errors import CheckpointError, PlanError
 from depthkv.export import (
     EXPORT_KEY,
@@ -41,17 +32,10 @@ from depthkv.folders import one_line, require_replaceable, written_folder
 from depthkv.location import Location, locate
 from depthkv.plan import SharingPlan
 
-__all__ = [
-    "BUILTIN_ADAPTERS",
-    "BUILTIN_MODELS",
-    "adapter_base",
-    "builtin_adapter",
-    "load",
-    "load_config",
-    "load_tokenizer",
-    "save",
-    "write_plan",
-]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load", "load_config", "load_tokenizer", "save"]
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 _NOT_CAUSAL = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -115,7 +99,7 @@ def load(
     if is_export(config):
         kwargs["variant"] = VARIANT
     with _reading(location.name), _quiet(lacks_follower_kv(config)):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
             location.folder,
             config=config,
             dtype=torch_dtype,
@@ -131,8 +115,7 @@ def load(
         _repair_gguf(model, tokenizer)
         if device_map != "cpu":
             model.to("cuda" if device_map == "auto" else device_map)
-        if location.prepared is not None and not location.prepared.is_dir():
-            _prepare(location.prepared, model.config, tokenizer)
+        location.prepare(model.config, tokenizer)
     return model, tokenizer, plan
 
 
@@ -226,23 +209,25 @@ def save(
 
 def _read_config(location: Location, trust_remote_code: bool) -> PreTrainedConfig:
     with _reading(location.name):
-        if location.prepared is not None and location.prepared.is_dir():
-            return AutoConfig.from_pretrained(location.prepared, local_files_only=True)
+        if location.is_prepared:
+            return transformers.AutoConfig.from_pretrained(location.prepared, local_files_only=True)
         if location.gguf_file is None:
-            values, _ = PreTrainedConfig.get_config_dict(location.folder, **location.kwargs)
+            values, _ = transformers.PreTrainedConfig.get_config_dict(location.folder, **location.kwargs)
             if (config := exported_config(values)) is not None:
                 return config
-        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **location.kwargs)
+        config = transformers.AutoConfig.from_pretrained(
+            location.folder, trust_remote_code=trust_remote_code, **location.kwargs
+        )
         if is_export(config):  # what transformers saved of a model that was loaded from an export is none any more
             delattr(config, EXPORT_KEY)
         return config
 
 
 def _read_tokenizer(location: Location, trust_remote_code: bool, config: PreTrainedConfig) -> Any:
-    if location.prepared is not None and location.prepared.is_dir():
-        return AutoTokenizer.from_pretrained(location.prepared, local_files_only=True)
+    if location.is_prepared:
+        return transformers.AutoTokenizer.from_pretrained(location.prepared, local_files_only=True)
     kwargs = location.kwargs | ({"config": config} if is_export(config) else {})  # its model type is depthkv's own
-    return AutoTokenizer.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **kwargs)
+    return transformers.AutoTokenizer.from_pretrained(location.folder, trust_remote_code=trust_remote_code, **kwargs)
 
 
 @contextlib.contextmanager
@@ -269,10 +254,16 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _require_causal(config: PreTrainedConfig, name: str) -> None:
-    architecture = (getattr(config, "architectures", None) or [type(config).__name__])[0]
+    if not isinstance(stored := getattr(config, "dtype", None), torch.dtype | None):
+        raise CheckpointError(f"expected a dtype such as bfloat16 in the config of {name}, got {stored!r}")
+    names = getattr(config, "architectures", None) or [type(config).__name__]
+    if not isinstance(names, list) or not isinstance(architecture := names[0], str):
+        raise CheckpointError(f"expected architectures as a list of names in the config of {name}, got {names!r}")
     causal = not getattr(config, "is_encoder_decoder", False) and not architecture.endswith(_NOT_CAUSAL)
-    custom = getattr(config, "auto_map", None) or {}
-    known = "AutoModelForCausalLM" in custom or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    custom = getattr(config, "auto_map", None)
+    known = (isinstance(custom, dict) and "AutoModelForCausalLM" in custom) or type(
+        config
+    ) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if not causal or not known:
         raise CheckpointError(f"expected a decoder-only causal language model, got {architecture} ({name})")
 
@@ -318,17 +309,6 @@ def _repair_gguf(model: Any, tokenizer: Any) -> None:
         if isinstance(token_id, int):
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.clean_up_tokenization_spaces = False  # 5.17 would drop spaces from decoded text
-
-
-def _prepare(folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Keep what takes seconds to parse out of the GGUF file. Only speed is lost where this fails."""
-    work = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        work.mkdir()
-        config.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        os.replace(work, folder)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 # Adapters

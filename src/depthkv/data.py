@@ -26,10 +26,12 @@ from depthkv.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Document", "named_blocks", "read_texts", "resolve_data", "split_documents", "token_blocks"]
+
 BUILTIN_TEXTS = ("anarchism", "brown", "fallback")
 """What `builtin:NAME` can name; the first two are downloaded, "fallback" is part of the package."""
 
-BUILTIN_MIN_PARAGRAPH_WORDS = 25
+_BUILTIN_MIN_PARAGRAPH_WORDS = 25
 """Shorter paragraphs of built-in texts are headings, lists and navigation."""
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
@@ -47,7 +49,7 @@ class Document:
 def resolve_data(name: str | os.PathLike[str], progress: Progress | None = None) -> list[Document]:
     """The documents of `builtin:NAME` or of a file or folder.
 
-    Built-in texts lose their paragraphs of fewer than `BUILTIN_MIN_PARAGRAPH_WORDS` words; a user's text is kept whole.
+    Built-in texts lose their paragraphs of fewer than 25 words; a user's text is kept whole.
 
     Args:
         name: `builtin:anarchism`, `builtin:brown`, `builtin:fallback` or a path, see `read_texts`.
@@ -64,7 +66,7 @@ def resolve_data(name: str | os.PathLike[str], progress: Progress | None = None)
         raise DataError(f"expected a path or one of {choices}, got {name!r}")
     if short == "fallback":
         return _fallback()
-    return read_texts(fetch_text(short, progress), min_paragraph_words=BUILTIN_MIN_PARAGRAPH_WORDS)
+    return read_texts(fetch_text(short, progress), min_paragraph_words=_BUILTIN_MIN_PARAGRAPH_WORDS)
 
 
 def read_texts(path: str | os.PathLike[str], *, min_paragraph_words: int = 0) -> list[Document]:
@@ -258,5 +260,5 @@ def _fallback() -> list[Document]:
     for section in re.split(r"^# ", text, flags=re.MULTILINE):
         title, _, body = section.strip().partition("\n")
         if body:
-            documents.append(Document(f"fallback: {title}", _long_paragraphs(body, BUILTIN_MIN_PARAGRAPH_WORDS)))
+            documents.append(Document(f"fallback: {title}", _long_paragraphs(body, _BUILTIN_MIN_PARAGRAPH_WORDS)))
     return documents

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from depthkv.adapt import AdaptConfig, AdaptResult, adapt, discard_state, has_state
 from depthkv.adapt.adapters import load_adapter
 from depthkv.architectures import layer_kinds
-from depthkv.checkpoint import BUILTIN_ADAPTERS, builtin_adapter, load, save
-from depthkv.data import Document, resolve_data, split_documents, token_blocks
+from depthkv.checkpoint import builtin_adapter, load, save
+from depthkv.data import BUILTIN_TEXTS, Document, resolve_data, split_documents, token_blocks
+from depthkv.downloads import BUILTIN_ADAPTERS
 from depthkv.errors import DataError, DepthKVError
 from depthkv.evaluate import CurveRow, retention_curve, spread_blocks
 from depthkv.files import write_text
@@ -54,7 +55,7 @@ def run_demo(
     device: str = "auto",
     eval_blocks: int = 16,
     seed: int = 0,
-    recipe: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure, adapt, measure again, generate; everything goes into the folder `out`.
@@ -65,7 +66,7 @@ def run_demo(
 
     Args:
         out: a new folder, or one of an earlier demo.
-        train: train instead of taking the adapter; implied by `minutes`, `recipe` and by another model.
+        train: train instead of taking the adapter; implied by `minutes`, `settings` and by another model.
         minutes: training minutes; None is `CPU_MINUTES` or `GPU_MINUTES`. The rest takes about two minutes on 2 cores.
         model_name: anything that `depthkv.load` takes.
         data: `builtin:NAME` or a path. Where a built-in text cannot be fetched, the other one or the bundled one is
@@ -73,7 +74,7 @@ def run_demo(
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         eval_blocks: held-out blocks in every measurement.
         seed: of the routing maps, the order of the data and the split.
-        recipe: settings of `AdaptConfig` to change.
+        settings: those of `AdaptConfig` to change.
         progress: progress bars and messages on stderr.
 
     Raises:
@@ -85,10 +86,10 @@ def run_demo(
     _check_folder(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = train or minutes is not None or recipe is not None or model_name != BUILTIN
+    train = train or minutes is not None or settings is not None or model_name != BUILTIN
     if minutes is None:
         minutes = CPU_MINUTES if device == "cpu" else GPU_MINUTES
-    config = AdaptConfig(**{"max_minutes": minutes, "seed": seed, **(recipe or {})})
+    config = AdaptConfig(**{"max_minutes": minutes, "seed": seed, **(settings or {})})
     tell = Console(stderr=True, quiet=not progress)
     seconds: dict[str, float] = {}
 
@@ -205,12 +206,12 @@ def _documents(data: str, tell: Console) -> tuple[list[Document], str]:
     """The text, and which it is: without a network, a built-in one gives way to the one in the package."""
     if not data.startswith("builtin:"):
         return resolve_data(data), data
-    choices = list(dict.fromkeys([data, "builtin:anarchism", "builtin:brown", "builtin:fallback"]))
+    choices = list(dict.fromkeys([data, *(f"builtin:{text}" for text in BUILTIN_TEXTS)]))
     for name in choices[:-1]:
         try:
             return resolve_data(name), name
         except DataError as error:
-            if name == data and data.removeprefix("builtin:") not in ("anarchism", "brown", "fallback"):
+            if name == data and data.removeprefix("builtin:") not in BUILTIN_TEXTS:
                 raise  # a typing error, not a missing network
             tell.print(f"{name} could not be fetched: {error}", markup=False)
     tell.print("Using the short text that comes with depthkv: figures will be worse than with a long one")

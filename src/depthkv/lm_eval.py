@@ -22,17 +22,17 @@ from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan, share
 
+__all__ = ["DepthKVLM"]
+
 try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    _MESSAGE = f'expected lm-evaluation-harness 0.4.10 or newer, got: {error}; pip install "depthkv[eval]"'
+    _MESSAGE = f"expected lm-evaluation-harness 0.4.10 or newer (pip install 'depthkv[eval]'), got: {error}"
     if __name__ == "__main__":
         print(f"depthkv: {_MESSAGE}", file=sys.stderr)
         sys.exit(2)
     raise DepthKVError(_MESSAGE) from error
-
-__all__ = ["DepthKVLM", "main"]
 
 _PASSED_ON = (
     "max_batch_size max_length truncation logits_cache add_bos_token prefix_token_id softmax_dtype "

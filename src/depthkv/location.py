@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -13,6 +15,9 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
 from depthkv.downloads import BUILTIN_ADAPTERS, BUILTIN_MODELS, Progress, fetch_builtin_model
 from depthkv.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,23 @@ class Location:
         if self.gguf_file is not None:
             kwargs["gguf_file"] = self.gguf_file
         return kwargs
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepared` is there."""
+        return self.prepared is not None and self.prepared.is_dir()
+
+    def prepare(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Keep what takes seconds to parse out of a built-in model's file. Only speed is lost where this fails."""
+        if self.prepared is None or self.is_prepared:
+            return
+        work = self.prepared.with_name(f".{self.prepared.name}.new-{os.getpid()}")
+        with contextlib.suppress(OSError):
+            work.mkdir()
+            config.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            os.replace(work, self.prepared)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def locate(name: str | os.PathLike[str], progress: Progress | None = None) -> Location:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a report of a bug has to name: packages, Python, the system, the devices."""
+    import depthkv
+
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    packages = ("transformers", "peft", "accelerate", "tokenizers", "safetensors", "numpy")
+    return {
+        "depthkv": depthkv.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        **{name: metadata.version(name) for name in packages},
+        "system": platform.platform(),
+        "devices": ", ".join(device_name(device) for device in devices),
     }
 
 

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
     from depthkv.plan import SharingPlan
 
+__all__ = [
+    "cache_bytes",
+    "device_room",
+    "format_bytes",
+    "kv_bytes_per_token",
+    "measured_cache_bytes",
+    "parse_bytes",
+    "prefill_activation_bytes",
+    "weight_bytes",
+]
+
 _UNITS = {"B": 0, "KIB": 1, "MIB": 2, "GIB": 3, "TIB": 4}
 
 

@@ -152,7 +152,7 @@ class SharingPlan:
 
     def diagram(self) -> str:
         """One line: a bracket per group, the leader first, runs of layers shortened: `[0-3] [4-7]`."""
-        return " ".join(f"[{_runs(self.readers(leader))}]" for leader in self.leaders)
+        return " ".join(f"[{_shown(self.readers(leader))}]" for leader in self.leaders)
 
     def __repr__(self) -> str:
         return f"SharingPlan({len(self.leaders)}/{self.num_layers} layers keep a cache: {self.diagram()})"
@@ -245,11 +245,16 @@ def _json_object(provenance: object) -> dict[str, Any]:
     return copied
 
 
-def _runs(layers: Sequence[int]) -> str:
+def runs_of(layers: Sequence[int]) -> list[list[int]]:
+    """First and last of each run of ascending layers that follow one another."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return " ".join(f"{a}" if a == b else f"{a}-{b}" if b > a + 1 else f"{a} {b}" for a, b in runs)
+    return runs
+
+
+def _shown(layers: Sequence[int]) -> str:
+    return " ".join(f"{a}" if a == b else f"{a}-{b}" if b > a + 1 else f"{a} {b}" for a, b in runs_of(layers))

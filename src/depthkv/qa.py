@@ -23,7 +23,9 @@ from depthkv.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+__all__ = ["Question", "encode", "read_squad", "split_articles"]
+
+_IGNORED = -100
 """Label of tokens that the loss leaves out."""
 
 
@@ -151,7 +153,7 @@ def encode(
         examples.append(
             {
                 "input_ids": torch.tensor(before + answer, dtype=torch.long),
-                "labels": torch.tensor([IGNORED] * len(before) + answer, dtype=torch.long),
+                "labels": torch.tensor([_IGNORED] * len(before) + answer, dtype=torch.long),
             }
         )
     return examples
@@ -169,7 +171,7 @@ def collate(examples: Sequence[dict[str, torch.Tensor]], pad_token_id: int) -> d
         for name, rows, value in (
             ("input_ids", tokens, pad_token_id),
             ("attention_mask", masks, 0),
-            ("labels", labels, IGNORED),
+            ("labels", labels, _IGNORED),
         )
     }
 

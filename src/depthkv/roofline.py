@@ -21,6 +21,8 @@ from depthkv.decoder import Decoder
 from depthkv.memory import kv_bytes_per_layer
 from depthkv.plan import SharingPlan
 
+__all__ = ["MachineLimits", "Work", "forward_work", "measure_limits", "roofline"]
+
 PHASES = ("prefill", "decode")
 
 

@@ -13,6 +13,8 @@ from typing import Protocol
 
 from depthkv.errors import DepthKVError
 
+__all__ = ["RandomCrossLayer", "RoutingMap", "Sampler", "step_rng"]
+
 
 class Sampler(Protocol):
     """Draws a routing map for a step."""

@@ -13,6 +13,22 @@ from depthkv.errors import DepthKVError
 from depthkv.plan import SharingPlan
 from depthkv.routing import RandomCrossLayer, Sampler, step_rng
 
+__all__ = [
+    "SAMPLERS",
+    "SERVED",
+    "CrossLayerAttention",
+    "FullCache",
+    "LeaderSubset",
+    "Mixture",
+    "PerSequence",
+    "PlanWeighted",
+    "RandomGroupAttention",
+    "ScheduledCrossLayer",
+    "default_sampler",
+    "independent",
+    "parse_sampler",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FullCache:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from depthkv.compress.model import CompressedModel
     from depthkv.compress.recipe import CacheRecipe
 
+__all__ = ["Routing", "SharedModel", "route", "share"]
+
 
 class SharedModel(Patches):
     """Handle that `share` returns."""
@@ -193,7 +195,7 @@ class Routing(Patches):
             inputs = arguments["inputs_embeds"] if inputs is None else inputs
             maps = [tuple(sources) for sources in draw_batch(self.step, kinds, len(inputs))]
         for sources in maps:
-            check_routing_map(sources, kinds)
+            _check_routing_map(sources, kinds)
         self.last_maps = [RoutingMap(sources) for sources in maps]
         self.last_plan = self.last_maps[0]
         self.step += 1
@@ -341,7 +343,7 @@ def check_plan(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> None:
     _check_kinds(plan.kv_source_layers, kinds)
 
 
-def check_routing_map(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None:
+def _check_routing_map(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None:
     """Raise `PlanError` unless every layer reads itself or an earlier layer of its kind."""
     if len(sources) != len(kinds):
         raise PlanError(f"expected the sampler to draw {len(kinds)} sources, got {len(sources)}")

@@ -21,7 +21,9 @@ from depthkv.patches import ADAPTER_SWITCH
 if TYPE_CHECKING:
     from depthkv.plan import SharingPlan
 
-TARGETS = ("all-linear", "attention", "query-output")
+__all__ = ["LoraSettings", "add_adapter", "load_adapter", "save_adapter"]
+
+_TARGETS = ("all-linear", "attention", "query-output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class LoraSettings:
             raise DepthKVError(f"expected alpha above 0, got {self.alpha!r}")
         if not 0 <= self.dropout < 1:
             raise DepthKVError(f"expected dropout from 0 to below 1, got {self.dropout!r}")
-        if self.targets not in TARGETS:
-            raise DepthKVError(f"expected targets among {', '.join(TARGETS)}, got {self.targets!r}")
+        if self.targets not in _TARGETS:
+            raise DepthKVError(f"expected targets among {', '.join(_TARGETS)}, got {self.targets!r}")
 
 
 def add_adapter(model: nn.Module, settings: LoraSettings) -> Any:

@@ -1,7 +1,8 @@
-"""The recipe: every knob of a training run, its budget and its learning-rate schedule."""
+"""The settings of a training run: its budget, its learning rates, what trains."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ REPORTERS = ("tensorboard", "trackio", "wandb", "mlflow")
 class AdaptConfig:
     """Settings of `adapt`; exactly one of `max_tokens` and `max_minutes` is the budget.
 
-    The defaults recovered most per training token of all recipes that were tried on SmolLM2-135M (docs/results.md).
+    The defaults recovered most per training token of all settings that were tried on SmolLM2-135M (docs/results.md).
 
     Raises:
         DepthKVError: a value outside its range; the error names it.
@@ -122,6 +123,9 @@ class AdaptConfig:
         for name in self.report_to:
             if name not in REPORTERS:
                 raise DepthKVError(f"expected report_to among {', '.join(REPORTERS)}, got {name!r}")
+            if importlib.util.find_spec(name) is None:
+                needed = "depthkv[train]" if name == "tensorboard" else name
+                raise DepthKVError(f"expected {name} to be installed (pip install '{needed}'), got none")
         for name, choices in (("trainable", TRAINABLE), ("decay", DECAYS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise DepthKVError(f"expected {name} to be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -130,6 +134,10 @@ class AdaptConfig:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step."""
         return self.batch_size * self.accumulate_steps * self.block_size
+
+    def num_steps(self, world_size: int) -> int:
+        """Optimizer steps of so many processes together; without end where the clock ends the run."""
+        return 2**40 if self.max_tokens is None else -(-self.max_tokens // (self.tokens_per_step * world_size))
 
     def learning_rate_at(self, progress: float) -> float:
         """The learning rate when `progress` (0 to 1) of the budget will be used after the step."""

@@ -20,6 +20,8 @@ from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.head import undistributed
 
+__all__ = ["AttentionMatching", "Distillation", "LanguageModelLoss", "Objective"]
+
 
 class Objective(Protocol):
     """Something to minimise."""
@@ -104,7 +106,7 @@ class AttentionMatching:
             with recorded_outputs(modules) as outputs:
                 text = text_loss(batch)
             errors = [
-                relative_error(visible(ours, batch), visible(theirs, batch))
+                relative_error(_visible(ours, batch), _visible(theirs, batch))
                 for ours, theirs in zip(outputs, expected, strict=True)
             ]
             return text + self.weight * torch.stack(errors).mean()
@@ -113,7 +115,7 @@ class AttentionMatching:
             yield loss
 
 
-def visible(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _visible(outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The rows of `[batch, tokens, hidden_size]` that are no padding: what pad tokens attend to means nothing."""
     mask = batch.get("attention_mask")
     return outputs if mask is None else outputs[mask.bool().to(outputs.device)]

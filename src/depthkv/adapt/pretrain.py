@@ -20,7 +20,7 @@ from depthkv.data import Document
 from depthkv.errors import CheckpointError, DataError, DepthKVError
 from depthkv.plan import SharingPlan
 
-__all__ = ["END_OF_TEXT", "equal_cache_layers", "from_config", "train_tokenizer"]
+__all__ = ["equal_cache_layers", "from_config", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
 """The only special token of `train_tokenizer`."""

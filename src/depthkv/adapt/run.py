@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from depthkv.adapt.checkpoints import check_settings, newest_whole
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.cpu_attention import FasterCpuAttention
-from depthkv.adapt.loss import Batch
+from depthkv.adapt.examples import EndlessExamples, Examples, check_blocks
 from depthkv.adapt.modes import checkpointed, compiled, training_mode
 from depthkv.adapt.objectives import LanguageModelLoss, Objective
 from depthkv.adapt.terminal import StepInfo, deferred_interrupt, training_bar
@@ -29,12 +28,6 @@ from depthkv.decoder import find_decoder
 from depthkv.errors import DataError, DepthKVError
 from depthkv.patches import ADAPTER_SWITCH
 from depthkv.routing import RandomCrossLayer, Sampler
-
-_UNLIMITED = 2**40
-"""Steps of a run that ends by the clock."""
-
-Examples = torch.Tensor | Sequence[Batch]
-"""Packed blocks `[blocks, block_size]`, or examples of any length (`input_ids`, `labels`, each `[tokens]`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +78,7 @@ def adapt(
         model: a causal language model of transformers, or one with an adapter from `depthkv.adapt.adapters`.
         train_examples: token ids, `[blocks, config.block_size]`, from `depthkv.data.token_blocks`, or examples for
             `collate`.
-        config: the recipe and the budget.
+        config: the settings and the budget.
         sampler: draws the maps; None is `RandomCrossLayer` with the config's probability and seed.
         objective: what is minimised; None is the plain language-model loss.
         on_step: called after every optimizer step, while the model is routed; its time does not count.
@@ -102,7 +95,7 @@ def adapt(
         KeyboardInterrupt: Ctrl-C; with a `resume_dir`, after the state was saved.
     """
     if isinstance(train_examples, torch.Tensor):
-        _check_blocks(model, train_examples, config)
+        check_blocks(model, train_examples, config)
     elif not train_examples:
         raise DataError("expected at least one training example, got none")
     if config.eval_every is not None and eval_blocks is None:
@@ -140,7 +133,7 @@ def adapt(
             curve_weights=weights,
             autocast_dtype=torch.bfloat16 if config.uses_bf16(arguments.device) else None,
             extra_state=lambda: {"settings": settings, **run.state()},
-            train_dataset=_Endless(train_examples, config, arguments.world_size),
+            train_dataset=EndlessExamples(train_examples, config, arguments.world_size),
             data_collator=collate,
             callbacks=[run],
         )
@@ -177,9 +170,6 @@ def _best_of(checkpoint: Path) -> str:
 
 
 def _arguments(config: AdaptConfig, directory: str, device: torch.device) -> TrainingArguments:
-    steps = _UNLIMITED
-    if config.max_tokens is not None:
-        steps = math.ceil(config.max_tokens / config.tokens_per_step)  # of one process: more of them end sooner
     measured: dict[str, Any] = {}
     if config.eval_every is not None:
         measured = {
@@ -193,7 +183,7 @@ def _arguments(config: AdaptConfig, directory: str, device: torch.device) -> Tra
         }
     arguments = TrainingArguments(
         output_dir=directory,
-        max_steps=steps,
+        max_steps=config.num_steps(1),  # until the number of processes is known
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=max(config.batch_size, 4),
         gradient_accumulation_steps=config.accumulate_steps,
@@ -214,8 +204,7 @@ def _arguments(config: AdaptConfig, directory: str, device: torch.device) -> Tra
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process would be torch's DataParallel
     if arguments.world_size == 1:
         require_trainers_device(device, arguments.device)
-    if config.max_tokens is not None:
-        arguments.max_steps = math.ceil(config.max_tokens / (config.tokens_per_step * arguments.world_size))
+    arguments.max_steps = config.num_steps(arguments.world_size)
     return arguments
 
 
@@ -326,7 +315,7 @@ class _Run(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 class _Trainer(RoutingTrainer):
-    """With `AdaptConfig`'s optimizer and schedule."""
+    """With `AdaptConfig`'s optimizer and learning rates."""
 
     run: _Run
     trained: list[str]
@@ -358,48 +347,6 @@ class _Trainer(RoutingTrainer):
                 self.optimizer if optimizer is None else optimizer, self.run.learning_rate_factor
             )
         return self.lr_scheduler
-
-
-class _Endless(torch.utils.data.Dataset[Batch]):
-    """Examples in the order of training: an endless row of permutations, one per epoch.
-
-    Epoch `e`'s permutation is a pure function of `(seed, e)`.
-    """
-
-    def __init__(self, examples: Examples, config: AdaptConfig, world_size: int) -> None:
-        self._examples, self._seed = examples, config.seed
-        steps = _UNLIMITED
-        if config.max_tokens is not None:
-            steps = math.ceil(config.max_tokens / (config.tokens_per_step * world_size))
-        self._length = steps * config.batch_size * config.accumulate_steps * world_size
-        self._epoch, self._order = -1, list[int]()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, position: int) -> Batch:
-        example = self._examples[self.row(position)]
-        return {"input_ids": example} if isinstance(example, torch.Tensor) else example
-
-    def row(self, position: int) -> int:
-        """Which example comes at `position`."""
-        epoch, place = divmod(position, len(self._examples))
-        if epoch != self._epoch:
-            self._order = list(range(len(self._examples)))
-            random.Random(f"depthkv-order:{self._seed}:{epoch}").shuffle(self._order)
-            self._epoch = epoch
-        return self._order[place]
-
-
-def _check_blocks(model: nn.Module, blocks: torch.Tensor, config: AdaptConfig) -> None:
-    if blocks.dim() != 2 or blocks.shape[1] != config.block_size:
-        raise DataError(f"expected blocks of {config.block_size} tokens, got a tensor of shape {list(blocks.shape)}")
-    if len(blocks) == 0:
-        raise DataError("expected at least one block of training text, got none")
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    lowest, highest = int(blocks.min()), int(blocks.max())
-    if lowest < 0 or highest >= vocabulary:
-        raise DataError(f"expected token ids from 0 to {vocabulary - 1}, got {lowest} to {highest}")
 
 
 def _settings(

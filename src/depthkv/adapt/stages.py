@@ -1,4 +1,4 @@
-"""The whole recipe: ordinary fine-tuning, a layer-local start, then the routed stage, each resumable.
+"""Training in stages: ordinary fine-tuning, a layer-local start, then the routed stage, each resumable.
 
 With an adapter, what is fine-tuned first stays the full-cache model to the bit, and the adapter is for sharing alone.
 """
@@ -17,15 +17,18 @@ from torch import nn
 
 from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
+from depthkv.adapt.examples import Examples
 from depthkv.adapt.local import LocalConfig, fit_followers
 from depthkv.adapt.objectives import AttentionMatching, Distillation, LanguageModelLoss, Objective
-from depthkv.adapt.run import AdaptResult, Examples, adapt
+from depthkv.adapt.run import AdaptResult, adapt
 from depthkv.adapt.teacher import FrozenTeacher, SelfTeacher, StoredTeacher, Teacher
 from depthkv.decoder import find_decoder
 from depthkv.errors import DepthKVError
 from depthkv.routing import Sampler
 from depthkv.samplers import FullCache, default_sampler
 from depthkv.sharing import route
+
+__all__ = ["Stages", "StagesResult", "train_in_stages"]
 
 OBJECTIVES = ("lm", "distill", "attention")
 ADAPTER_LEARNING_RATE = 3e-3
@@ -195,7 +198,7 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
     Args:
         model: as for `train_in_stages`, without an adapter; one is added and taken away again.
         blocks: `[blocks, tokens]`.
-        config: the recipe.
+        config: the settings.
         stages: with `lora`, the routed stage of the adapter is measured.
     """
     finetuned = trainable_parameters(model, find_decoder(model), config.trainable) if stages.finetune else {}
@@ -233,7 +236,7 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
             adapted.unload()
     count = sum(p.numel() for p in trained.values())
     most = max(count, num_finetuned)
-    steps = None if config.max_tokens is None else -(-config.max_tokens // config.tokens_per_step)
+    steps = None if config.max_tokens is None else config.num_steps(1)
     return Estimate(
         num_trained=count,
         num_finetuned=num_finetuned,

@@ -23,6 +23,8 @@ from depthkv.head import plain_head
 from depthkv.patches import ACTIVE, ADAPTER_SWITCH
 from depthkv.sharing import Routing
 
+__all__ = ["FrozenTeacher", "SelfTeacher", "StoredTeacher", "Teacher", "write_teacher"]
+
 _CHUNK_ELEMENTS = 2**22
 """Logits of one chunk: 16 MB in fp32, memory that the next chunk gets again instead of fresh pages."""
 

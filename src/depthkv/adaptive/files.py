@@ -21,6 +21,8 @@ from depthkv.files import replacing
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan
 
+__all__ = ["load_router", "save_router"]
+
 FORMAT, VERSION = "depthkv-router", 1
 
 AnyRouter = SimilarityRouter | LearnedRouter | PortfolioRouter

@@ -23,6 +23,8 @@ from depthkv.patches import Patches, adapter_switch, guarded
 from depthkv.plan import SharingPlan
 from depthkv.sharing import check_plan, share
 
+__all__ = ["LearnedRouter", "RouterTraining", "train_router"]
+
 
 class LearnedRouter(MadeRouter):
     """A layer leads where its head says so; the others read the nearest leader.

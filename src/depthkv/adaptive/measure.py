@@ -18,6 +18,8 @@ from depthkv.kept_losses import load_losses, save_losses
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
+__all__ = ["continuation_losses", "plan_losses", "varied_plans"]
+
 Advance = Callable[[int], None]
 """Called with 1 after each plan or batch."""
 

@@ -14,6 +14,8 @@ from depthkv.errors import DepthKVError, PlanError
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
+__all__ = ["PortfolioRouter", "decision_layer", "fit_portfolio", "portfolio_features"]
+
 _PENALTIES = tuple(10.0**exponent for exponent in range(-1, 6))
 """Of the ridge regression that are tried."""
 

@@ -13,6 +13,8 @@ from depthkv.architectures import LayerKind
 from depthkv.errors import DepthKVError, PlanError
 from depthkv.sharing import share
 
+__all__ = ["SimilarityRouter", "kv_distance", "passes", "similarity_router", "similarity_weights"]
+
 POSITIONS = 64
 """Positions of the prompt that are compared."""
 

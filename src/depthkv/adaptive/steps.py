@@ -11,7 +11,7 @@ from depthkv.adaptive.cache import GroupedLayer, Pair
 from depthkv.adaptive.ladder import Sources
 from depthkv.adaptive.router import Prompt, Router
 from depthkv.architectures import LayerKind
-from depthkv.attention import Context
+from depthkv.attention import Context, LayerCache
 from depthkv.errors import PlanError
 
 
@@ -152,20 +152,15 @@ class TokenStep:
         return mixed[0], mixed[1]
 
 
-class AdaptiveCache:
-    """What an attention module gets instead of its KV cache, as `depthkv.attention.LayerCache`."""
+class AdaptiveCache(LayerCache):
+    """A `LayerCache` of a `PromptStep` or `TokenStep`, which know what each sequence reads."""
 
-    def __init__(self, step: PromptStep | TokenStep, layer: int, cache: Any) -> None:
-        self._step = step
-        self._layer = layer
-        self._cache = cache
+    _step: Any
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Pair:
         """The pair that the layer attends to."""
-        return self._step.pair(self._layer, keys, values, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+        pair: Pair = self._step.pair(self._layer, keys, values, args, kwargs)
+        return pair
 
 
 def attention_forward(

@@ -1,6 +1,6 @@
 """Measurements on a model and text of the user's, from which the planner decides who shares with whom."""
 
 from depthkv.calibrate.run import Calibrator
-from depthkv.calibrate.store import SIMILARITIES, Calibration
+from depthkv.calibrate.store import Calibration
 
-__all__ = ["SIMILARITIES", "Calibration", "Calibrator"]
+__all__ = ["Calibration", "Calibrator"]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -19,11 +19,11 @@ from depthkv.cli.demo import demo_command
 from depthkv.cli.evaluate import evaluate_command
 from depthkv.cli.export import export_command
 from depthkv.cli.generate import generate_command
-from depthkv.cli.handmade import recipe_command
 from depthkv.cli.heads import merge_heads_command
 from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
 from depthkv.cli.plan import plan_command
+from depthkv.cli.recipe import recipe_command
 from depthkv.cli.report import report_command
 from depthkv.cli.router import router_command
 from depthkv.cli.serve import serve_command
@@ -31,6 +31,7 @@ from depthkv.cli.train import adapt_command
 from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.run import SUITES
+from depthkv.machine import versions
 
 __all__ = ["app", "main"]
 
@@ -66,6 +67,24 @@ app.command("generate", short_help="Text, and the size of its cache.")(generate_
 app.command("serve", short_help="An OpenAI-compatible server.")(serve_command)
 app.command("export", short_help="A checkpoint that vLLM serves.")(export_command)
 app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        for name, value in versions().items():
+            print(name, value)
+        raise typer.Exit
+
+
+@app.callback()
+def _before_the_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_versions, is_eager=True, help="Versions and hardware, for bug reports."
+        ),
+    ] = False,
+) -> None: ...
 
 
 def _repeatable_options() -> dict[str, set[str]]:

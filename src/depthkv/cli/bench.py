@@ -165,7 +165,7 @@ def _grid_table(cells: Sequence[BenchResult], limits: MachineLimits) -> Any:
 def _kept(cell: BenchResult) -> str:
     if isinstance(cell.how, CacheRecipe):
         return cell.how.describe()
-    return f"{len(cell.plan.leaders)} of {cell.plan.num_layers} layers kept"
+    return f"{len(cell.plan.leaders)} of {cell.plan.num_layers} layers are leaders"
 
 
 def _both(cell: BenchResult, field: str, shown: Callable[[float], str]) -> str:

@@ -136,7 +136,7 @@ def evaluate_command(
         "rows": [*(measured[plan] for plan in plans), *found_rows[len(arms) :]],
     }
     if own is not None and own.provenance:
-        figures["recipe"] = dict(own.provenance)
+        figures["provenance"] = dict(own.provenance)
     if full not in plans and full in measured:
         figures["full_cache"] = measured[full]
     write_json(json_file, figures)

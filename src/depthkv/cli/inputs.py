@@ -17,7 +17,7 @@ from depthkv.architectures import LayerKind, layer_kinds, max_positions
 from depthkv.checkpoint import adapter_base, builtin_adapter, load_config
 from depthkv.cli.output import show
 from depthkv.compress.recipe import CacheRecipe
-from depthkv.data import Document, resolve_data, split_documents
+from depthkv.data import BUILTIN_TEXTS, Document, resolve_data, split_documents
 from depthkv.errors import DepthKVError
 from depthkv.export import lacks_follower_kv
 from depthkv.folders import require_replaceable
@@ -134,7 +134,8 @@ Texts = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help="Text: a file, a folder or builtin:anarchism, builtin:brown, builtin:fallback. Repeat it for several.",
+        help=f"Text: a file, a folder or {', '.join(f'builtin:{text}' for text in BUILTIN_TEXTS)}. "
+        "Repeat it for several.",
     ),
 ]
 PlanFile = Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json.")]

@@ -85,7 +85,7 @@ def _show_inspection(model: str, found: Inspection) -> None:
     headings = ["these can share", "layers", "attention", "rotary base", "KV heads", "per token and layer"]
     out.print(table(headings, rows, "What can share with what"))
     sequences = "1 sequence" if found.batch == 1 else f"{found.batch} sequences"
-    headings = ["plan", "layers kept", "per token", "cache"]
+    headings = ["plan", "leaders", "per token", "cache"]
     if found.memory is not None:
         headings += ["activations", "sequences", "longest context"]
     rows = []

@@ -1,6 +1,6 @@
 """`depthkv plan`: which layers keep their cache, found from the model and text, for a stated budget.
 
-With more axes than depth the answer is a recipe, see `depthkv.cli.recipe`.
+With more axes than depth the answer is a recipe, see `depthkv.cli.joint`.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def plan_command(
             raise DepthKVError(f"expected layers from 0 to {len(kinds) - 1}, got {max(keep)}")
 
     if is_joint:
-        from depthkv.cli.recipe import JointOptions, choose_and_show
+        from depthkv.cli.joint import JointOptions, choose_and_show
 
         given_depth = {"--keep": bool(keep), "--pipeline-stages": pipeline_stages is not None, "--nearest": nearest}
         given_depth |= {"--prefill-weight": prefill_weight > 0, "--calibration": calibration is not None}
@@ -372,7 +372,7 @@ def _with_provenance(planned: Planned, figures: dict[str, Any]) -> SharingPlan:
     # what a sequence falls back to under pressure, see `depthkv.adaptive.Ladder`
     leaders = len(planned.plan.leaders)
     provenance["nested"] = [list(p.kv_source_layers) for p in planned.nested if len(p.leaders) < leaders]
-    # what recipes are made of beside these, see `depthkv.cli.recipe`
+    # what recipes are made of beside these, see `depthkv.cli.joint`
     larger = [p for p in planned.nested if len(p.leaders) > leaders and not p.is_full]
     provenance["larger"] = [list(p.kv_source_layers) for p in larger]
     return SharingPlan(planned.plan.kv_source_layers, provenance | {key: figures[key] for key in kept})

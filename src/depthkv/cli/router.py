@@ -177,7 +177,7 @@ def _show(
             _difference(found),
         ],
     ]
-    names = ["the layers are chosen by", "layers kept", "held-out loss", "against one plan [95 %]"]
+    names = ["the layers are chosen by", "leaders", "held-out loss", "against one plan [95 %]"]
     printed.print(table(names, rows, "Loss of what follows the prompts, nats per token"))
     used = dict.fromkeys(entry["document"] for entry in figures["inputs"])
     printed.print(

@@ -113,11 +113,11 @@ def serve_command(
         try:  # in the place of this process, so that signals reach it
             os.execvpe(line[0], line, os.environ | key)
         except FileNotFoundError as problem:
-            why = "expected the program vllm in PATH, got none; --engine embedded needs none"
+            why = "expected the program vllm in PATH (pip install 'depthkv[vllm]'), got none; or --engine embedded"
             raise DepthKVError(why) from problem
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise DepthKVError(
-            f'expected the embedded server\'s packages (pip install "depthkv[serve]"), got no {missing[0]}'
+            f"expected the embedded server's packages (pip install 'depthkv[serve]'), got no {missing[0]}"
         )
     from depthkv.serve.app import create_app
     from depthkv.serve.engine import Engine
@@ -127,7 +127,7 @@ def serve_command(
     with bind(host, port) as listening:
         config, kinds = inputs.read_config(model)
         given = None if plan is None else inputs.read_plan(plan, kinds)
-        chooser = None if router is None else load_router(router, kinds)
+        chosen_router = None if router is None else load_router(router, kinds)
         one_rope = positions_of_one_rope(config)
         if max_context is not None:
             inputs.require_positions(config, max_context, "--max-context")
@@ -153,7 +153,7 @@ def serve_command(
                     settings,
                     min_retention=min_retention,
                     max_retention=max_retention,
-                    router=chooser,
+                    router=chosen_router,
                 )
         least = made.depths.num_bytes(made.depths.least, 2)
         if budget is not None and budget < least:
@@ -180,7 +180,7 @@ def _uses_vllm(engine: str, model: str, own: Sequence[str]) -> bool:
     if engine == "embedded" or (engine == "auto" and not vllm.is_installed()):
         return False
     if not vllm.is_installed():
-        raise DepthKVError("expected vLLM to be installed for --engine vllm, got none")
+        raise DepthKVError("expected vLLM to be installed for --engine vllm (pip install 'depthkv[vllm]'), got none")
     if not own and vllm.can_load(model):
         return True
     why = f"expected a folder of depthkv export for vLLM, got {model}"

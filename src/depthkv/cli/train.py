@@ -12,7 +12,7 @@ import typer
 
 from depthkv.adapt import AdaptConfig, discard_state
 from depthkv.adapt.adapters import LoraSettings, save_adapter
-from depthkv.adapt.config import DECAYS, PRECISIONS, TRAINABLE
+from depthkv.adapt.config import PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
 from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
 from depthkv.checkpoint import load, load_tokenizer, save
@@ -110,10 +110,6 @@ def adapt_command(
             f"Peak.  [default: {ADAPTER_LEARNING_RATE:g} for an adapter, else {_DEFAULT.learning_rate:g}]",
         ),
     ] = None,
-    warmup: Annotated[
-        float, option("--warmup", inputs.probability, "SHARE", "Part of the budget in which the rate rises.")
-    ] = _DEFAULT.warmup_fraction,
-    decay: Annotated[str, typer.Option("--decay", metavar="|".join(DECAYS))] = _DEFAULT.decay,
     batch_size: inputs.BatchSize = _DEFAULT.batch_size,
     accumulate_steps: Annotated[
         int, option("--accumulate-steps", count, "N", "Forwards in one optimizer step.")
@@ -184,7 +180,7 @@ def adapt_command(
     if trainable not in ("lora", "dora", *TRAINABLE):
         raise DepthKVError(f"expected --trainable among lora, dora, {', '.join(TRAINABLE)}, got {trainable!r}")
     is_adapter = trainable in ("lora", "dora") and not from_config_
-    recipe = AdaptConfig(
+    adapt_config = AdaptConfig(
         max_minutes=_DEFAULT.max_minutes if minutes is None and tokens is None else minutes,
         max_tokens=tokens,
         learning_rate=learning_rate or (ADAPTER_LEARNING_RATE if is_adapter else _DEFAULT.learning_rate),
@@ -192,8 +188,6 @@ def adapt_command(
         batch_size=batch_size,
         accumulate_steps=accumulate_steps,
         block_size=block_size,
-        warmup_fraction=warmup,
-        decay=decay,
         trainable="all" if from_config_ else _DEFAULT.trainable if is_adapter else trainable,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
@@ -230,18 +224,18 @@ def adapt_command(
                 cache_recipe = inputs.read_recipe(recipe_file, kinds)
                 with naming(recipe_file):
                     recipe_noise(cache_recipe, kinds)
-                chosen, recipe = cache_recipe.plan, replace(recipe, cache_recipe=cache_recipe)
+                chosen, adapt_config = cache_recipe.plan, replace(adapt_config, cache_recipe=cache_recipe)
             plans = inputs.choose_plans(None, None, config, kinds)
         plans += [chosen] if chosen not in plans else []
         inputs.require_positions(config, block_size, "--block-size")
     with naming("--sampler"):
-        chosen_sampler = _sampler(sampler, chosen, recipe, equal_cache is not None)
+        chosen_sampler = _sampler(sampler, chosen, adapt_config, equal_cache is not None)
     data = list(dict.fromkeys(data))
     with waiting(f"loading {model}"):
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
-    work = _read_task(task, data, tokenizer, recipe, blocks)
+    work = _read_task(task, data, tokenizer, adapt_config, blocks)
     if dry_run:
-        show_estimate(loaded, work.examples, recipe, stages, json_file)
+        show_estimate(loaded, work.examples, adapt_config, stages, json_file)
         return
 
     def curve(what: str, measured: Any) -> list[Any]:
@@ -249,7 +243,7 @@ def adapt_command(
             return []
         place = next(measured.parameters()).device
         cast: AbstractContextManager[Any] = nullcontext()
-        if recipe.uses_bf16(place):
+        if adapt_config.uses_bf16(place):
             cast = torch.autocast(place.type, torch.bfloat16)
         if work.questions:
             with cast, progress_bar(what, len(plans) * len(work.questions)) as advance:
@@ -259,10 +253,10 @@ def adapt_command(
             return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
     def through_cache(measured: Any) -> dict[str, float]:
-        if recipe.cache_recipe is None or work.blocks is None:
+        if adapt_config.cache_recipe is None or work.blocks is None:
             return {}
         with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
-            return cache_losses(measured, recipe.cache_recipe, work.blocks, batch_size, advance)
+            return cache_losses(measured, adapt_config.cache_recipe, work.blocks, batch_size, advance)
 
     state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
@@ -272,7 +266,7 @@ def adapt_command(
             result = train_in_stages(
                 loaded,
                 work.examples,
-                recipe,
+                adapt_config,
                 stages,
                 sampler=chosen_sampler,
                 resume_dir=state,
@@ -290,18 +284,18 @@ def adapt_command(
         streamed.append(through_cache(result.model))
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
-    if recipe.cache_recipe is not None:
-        provenance["noise"] = recipe.cache_recipe.describe()
+    if adapt_config.cache_recipe is not None:
+        provenance["noise"] = adapt_config.cache_recipe.describe()
     if is_adapter:
         local = str(Path(model).resolve()) if Path(model).exists() else model
         base = "base" if stages.finetune else local
         save_adapter(out, result.model, base=base, tokenizer=tokenizer, plan=chosen, provenance=provenance)
     else:
         save(out, loaded, tokenizer, None if equal_cache is not None else chosen, provenance)
-    if recipe.cache_recipe is not None:
-        recipe.cache_recipe.save(out / "recipe.json")
-    draw(out, result, recipe, chosen, kinds, before, after)
-    figures = training_figures(result, recipe, before, after)
+    if adapt_config.cache_recipe is not None:
+        adapt_config.cache_recipe.save(out / "recipe.json")
+    draw(out, result, adapt_config, chosen, kinds, before, after)
+    figures = training_figures(result, adapt_config, before, after)
     if streamed[0]:
         names = streamed[0]
         figures["through_cache"] = [
@@ -333,13 +327,13 @@ def adapt_command(
     )
 
 
-def _sampler(text: str, plan: SharingPlan, recipe: AdaptConfig, is_ordinary: bool) -> Sampler | None:
-    """None is the recipe's own choice."""
+def _sampler(text: str, plan: SharingPlan, adapt_config: AdaptConfig, is_ordinary: bool) -> Sampler | None:
+    """None leaves it to `adapt_config`."""
     if is_ordinary:
         return FullCache()
     if text == "even":
         return None
-    return parse_sampler(text, cross_layer_prob=recipe.cross_layer_prob, seed=recipe.seed, plan=plan)
+    return parse_sampler(text, cross_layer_prob=adapt_config.cross_layer_prob, seed=adapt_config.seed, plan=plan)
 
 
 def _parse_mix(text: str) -> tuple[tuple[float, float], ...]:
@@ -371,24 +365,26 @@ def _split(name: str) -> tuple[list[Document], list[Document]]:
         return split_documents(resolve_data(name, progress=show))
 
 
-def _read_task(task: str, data: list[str], tokenizer: Any, recipe: AdaptConfig, blocks: int) -> _Task:
+def _read_task(task: str, data: list[str], tokenizer: Any, adapt_config: AdaptConfig, blocks: int) -> _Task:
     if task == "text":
         training: list[torch.Tensor] = []
         test: list[torch.Tensor] = []
         for name in data:
             documents, held_out = _split(name)
             with naming(name):
-                training.append(token_blocks(documents, tokenizer, recipe.block_size))
+                training.append(token_blocks(documents, tokenizer, adapt_config.block_size))
                 if blocks:
-                    test.append(spread_blocks(token_blocks(held_out, tokenizer, recipe.block_size), blocks))
+                    test.append(spread_blocks(token_blocks(held_out, tokenizer, adapt_config.block_size), blocks))
         return _Task(examples=torch.cat(training), blocks=torch.cat(test) if test else None)
-    if recipe.eval_every is not None:
+    if adapt_config.eval_every is not None:
         raise DataError("expected --eval-every with --task text, got --task qa")
     if len(data) > 1:
         raise DataError(f"expected one file of questions, got {' '.join(data)}")
     with naming(data[0]):
-        questions, held = split_articles(read_squad(data[0]), seed=recipe.seed)
-        examples = encode(questions, tokenizer, max_tokens=min(_MAX_QA_TOKENS, recipe.block_size), seed=recipe.seed)
+        questions, held = split_articles(read_squad(data[0]), seed=adapt_config.seed)
+        examples = encode(
+            questions, tokenizer, max_tokens=min(_MAX_QA_TOKENS, adapt_config.block_size), seed=adapt_config.seed
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stride = max(1, len(held) // blocks) if blocks else len(held)
     chosen = held[::stride][:blocks] if blocks else []

@@ -36,11 +36,13 @@ def cache_losses(
     return losses
 
 
-def show_estimate(loaded: Any, examples: Any, recipe: AdaptConfig, stages: Stages, json_file: Path | None) -> None:
+def show_estimate(
+    loaded: Any, examples: Any, adapt_config: AdaptConfig, stages: Stages, json_file: Path | None
+) -> None:
     if not isinstance(examples, torch.Tensor):  # questions: as if all were as long as the longest
         longest = max(examples, key=lambda example: len(example["input_ids"]))
         examples = longest["input_ids"][None]
-    found = estimate(loaded, examples, recipe, stages)
+    found = estimate(loaded, examples, adapt_config, stages)
     shown = console()
     rows = {
         "weights": found.weight_bytes,
@@ -53,7 +55,7 @@ def show_estimate(loaded: Any, examples: Any, recipe: AdaptConfig, stages: Stage
     for name, size in rows.items():
         shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
     shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
-    shown.print(f"one step     {found.seconds_per_step:.2f} s, {recipe.tokens_per_step:,} tokens")
+    shown.print(f"one step     {found.seconds_per_step:.2f} s, {adapt_config.tokens_per_step:,} tokens")
     if found.num_steps is not None:
         minutes = found.num_steps * found.seconds_per_step / 60
         shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
@@ -63,27 +65,29 @@ def show_estimate(loaded: Any, examples: Any, recipe: AdaptConfig, stages: Stage
 def draw(
     out: Path,
     result: StagesResult,
-    recipe: AdaptConfig,
+    adapt_config: AdaptConfig,
     chosen: SharingPlan,
     kinds: Any,
     before: list[Any],
     after: list[Any],
 ) -> None:
-    tokens_at = [recipe.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
+    tokens_at = [adapt_config.tokens_per_step * (i + 1) for i in range(result.routed.steps)]
     plot_loss(tokens_at, result.routed.losses, out / "loss.png")
     plot_plan(chosen, out / "plan.png", kinds)
     if after and isinstance(after[0], CurveRow):
         plot_retention({"before": before, "after": after}, out / "retention.png")
 
 
-def training_figures(result: StagesResult, recipe: AdaptConfig, before: list[Any], after: list[Any]) -> dict[str, Any]:
+def training_figures(
+    result: StagesResult, adapt_config: AdaptConfig, before: list[Any], after: list[Any]
+) -> dict[str, Any]:
     return {
         "steps": result.routed.steps,
         "tokens": result.tokens,
         "seconds": result.seconds,
         "tokens_per_second": result.routed.tokens_per_second,
         "num_trained": result.routed.num_trained,
-        "learning_rate": recipe.learning_rate,
+        "learning_rate": adapt_config.learning_rate,
         "rows_before": [row.to_dict() for row in before],
         "rows": [row.to_dict() for row in after],
         "curves": list(result.routed.curves),

@@ -9,12 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from depthkv.attention import Pair
-from depthkv.cache import fit_cache
-from depthkv.compress.packing import PackedTensor, PlainTensor
+from depthkv.compress.packing import PackedTensor, PlainTensor, keep_groups
 from depthkv.compress.recipe import ALONG, CacheRecipe
 from depthkv.compress.rules import Stored, Window
 from depthkv.errors import CacheMismatchError, RecipeError
@@ -108,8 +106,7 @@ class CompressedLayer(CacheLayerMixin):
         first, last = self._tokens(self.sinks), self._tokens(self.recent)
         for side in (0, 1):
             recent = self.recent[side]
-            shape = (*recent.shape[:2], first + self._num_packed + last, recent.shape[3])
-            whole = recent.new_empty(shape)
+            whole = recent.new_empty(*recent.shape[:2], first + self._num_packed + last, recent.shape[3])
             whole[:, :, :first] = self.sinks[side]
             if self.packed is not None:
                 self.packed[side].unpack(whole[:, :, first : first + self._num_packed])
@@ -247,7 +244,7 @@ class CompressedLayer(CacheLayerMixin):
         scores[..., count - recipe.recent :] = torch.inf
         kept = _best(scores, count - number)
         self.sinks, self.packed = (keys[:, :, :0], values[:, :, :0]), None
-        self.recent = (_gather(keys, kept), _gather(values, kept))
+        self.recent = (keep_groups(keys, kept, count), keep_groups(values, kept, count))
         self._keep_beside(kept)
 
     def _evict_groups(self, scores: torch.Tensor, number: int) -> None:
@@ -386,40 +383,6 @@ class CompressedLayer(CacheLayerMixin):
         self.attention = None if self.attention is None else change(self.attention)
 
 
-def fit_recipe_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) -> None:
-    """Put place-holders for followers, and compressed layers for those leaders among `layers`, into a cache.
-
-    Raises:
-        CacheMismatchError: the cache holds tokens and was made under another recipe or plan.
-    """
-    if getattr(cache, "_depthkv_recipe", None) is recipe:
-        return
-    if getattr(cache, "offloading", False):
-        raise CacheMismatchError("expected a cache that stays on its device under a recipe, got an offloaded one")
-    fit_cache(cache, recipe.plan)
-    for leader in recipe.plan.leaders:
-        present = cache.layers[leader]
-        if leader not in layers:
-            if isinstance(present, CompressedLayer):
-                raise CacheMismatchError(
-                    f"expected a cache in which layer {leader} is kept as it is, got one made under another recipe"
-                )
-            continue
-        if isinstance(present, CompressedLayer) and present.recipe == recipe:
-            continue
-        if int(present.get_seq_length()) > 0:
-            raise CacheMismatchError(
-                f"expected an empty cache or one made under the same recipe, got {int(present.get_seq_length())} "
-                f"tokens in layer {leader}"
-            )
-        if type(present) not in (DynamicLayer, CompressedLayer):
-            raise CacheMismatchError(
-                f"expected transformers' dynamic cache under a recipe, got a {type(present).__name__} in layer {leader}"
-            )
-        cache.layers[leader] = CompressedLayer(recipe, leader)
-    cache._depthkv_recipe = recipe
-
-
 def _join(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, second], dim=2) if first.shape[2] else second
 
@@ -428,10 +391,6 @@ def _best(scores: torch.Tensor, number: int) -> torch.Tensor:
     """Places of the `number` highest, ascending; of equal ones the later, so that every device takes the same."""
     order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)
     return (scores.shape[-1] - 1 - order[..., :number]).sort(dim=-1).values
-
-
-def _gather(whole: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    return whole.gather(2, kept[..., None].expand(*kept.shape, whole.shape[3]))
 
 
 def _owned(part: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,13 @@ import numpy as np
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.space import Space, Width, mean_width
 
+__all__ = ["JointCosts"]
+
 EFFECTS = ("plan", "keys", "values", "tokens")
 
 PAIRS = tuple(combinations(range(len(EFFECTS)), 2))
 
-FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+_FORMS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "harmonic": lambda a, b: a * b / np.maximum(a + b, 1e-12),
     "root": lambda a, b: np.sqrt(a * b),
     "product": lambda a, b: a * b,
@@ -53,7 +55,6 @@ class JointCosts:
         sensitivity: Mapping[int, float] | None = None,
         errors: Mapping[CacheRecipe, float] | None = None,
     ) -> None:
-        self._space = space
         self._sensitivity = dict(sensitivity or {})
         self._errors = dict(errors or {})
         self._context = space.context
@@ -120,7 +121,7 @@ class JointCosts:
         rest = excess - effects.sum(axis=1)
         weight = 1 / np.array([self._noise(recipe, _SHARE) for recipe in combined])
         best: tuple[float, str, np.ndarray] | None = None
-        for form in FORMS:
+        for form in _FORMS:
             terms = _terms(effects, form) * weight[:, None]
             # ridge: without a measured combination of a pair its term is zero
             inverse = np.linalg.inv(terms.T @ terms + np.eye(len(PAIRS)) / _PRIOR**2)
@@ -177,7 +178,7 @@ class JointCosts:
 def _terms(effects: np.ndarray, form: str) -> np.ndarray:
     """`[recipes, 4]` to `[recipes, pairs]`; an effect below zero is noise, and has no part in a pair."""
     above = np.maximum(effects, 0.0)
-    return np.stack([FORMS[form](above[:, a], above[:, b]) for a, b in PAIRS], axis=1)
+    return np.stack([_FORMS[form](above[:, a], above[:, b]) for a, b in PAIRS], axis=1)
 
 
 def _plan_place(recipe: CacheRecipe) -> float:
@@ -220,6 +221,3 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
             (a, wa, na), (b, wb, nb) = pools[-2:]
             pools[-2:] = [((a * wa + b * wb) / (wa + wb), wa + wb, na + nb)]
     return [value for value, _, count in pools for _ in range(count)]
-
-
-__all__ = ["EFFECTS", "FORMS", "PAIRS", "JointCosts", "isotonic"]

@@ -15,6 +15,8 @@ from depthkv.compress.recipe import CacheRecipe
 from depthkv.evaluate.text import PIECE
 from depthkv.kept_losses import load_losses, save_losses
 
+__all__ = ["RecipeLosses"]
+
 Measure = Callable[[CacheRecipe], Sequence[float]]
 """From a recipe to its loss on each block of text, nats per token."""
 

@@ -17,6 +17,8 @@ from depthkv.evaluate.arms import Arm
 from depthkv.evaluate.text import Progress, read_text
 from depthkv.plan import SharingPlan
 
+__all__ = ["streamed_losses"]
+
 
 def streamed_losses(
     model: Any,

@@ -7,18 +7,22 @@ from functools import partial
 from typing import Any
 
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from depthkv import attention
 from depthkv.architectures import text_config
 from depthkv.attention import Context, LayerCache
+from depthkv.cache import fit_cache
 from depthkv.checkpointing import is_checkpointed
-from depthkv.compress.cache import CompressedLayer, fit_recipe_cache
+from depthkv.compress.cache import CompressedLayer
 from depthkv.compress.observe import run_observed
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.decoder import Decoder
-from depthkv.errors import RecipeError
+from depthkv.errors import CacheMismatchError, RecipeError
 from depthkv.patches import wants_cache
 from depthkv.sharing import SharedModel
+
+__all__ = ["CompressedModel"]
 
 
 class CompressedModel(SharedModel):
@@ -40,7 +44,7 @@ class CompressedModel(SharedModel):
         return partial(attention_forward, text_config(self._decoder.config).num_attention_heads)
 
     def _fit(self, cache: Cache) -> None:
-        fit_recipe_cache(cache, self.recipe, self._layers)
+        _fit_cache(cache, self.recipe, self._layers)
 
     def _cache_for(self, arguments: dict[str, Any]) -> dict[str, Any]:
         # the model would make one inside, too late to be fitted
@@ -62,6 +66,40 @@ class CompressedModel(SharedModel):
 
     def _refuse_budget(self) -> None:
         raise RecipeError("expected a plan with kv_budget, got a recipe, which says itself what is kept")
+
+
+def _fit_cache(cache: Cache, recipe: CacheRecipe, layers: frozenset[int]) -> None:
+    """Put place-holders for followers, and compressed layers for those leaders among `layers`, into a cache.
+
+    Raises:
+        CacheMismatchError: the cache holds tokens and was made under another recipe or plan.
+    """
+    if getattr(cache, "_depthkv_recipe", None) is recipe:
+        return
+    if getattr(cache, "offloading", False):
+        raise CacheMismatchError("expected a cache that stays on its device under a recipe, got an offloaded one")
+    fit_cache(cache, recipe.plan)
+    for leader in recipe.plan.leaders:
+        present = cache.layers[leader]
+        if leader not in layers:
+            if isinstance(present, CompressedLayer):
+                raise CacheMismatchError(
+                    f"expected a cache in which layer {leader} is kept as it is, got one made under another recipe"
+                )
+            continue
+        if isinstance(present, CompressedLayer) and present.recipe == recipe:
+            continue
+        if int(present.get_seq_length()) > 0:
+            raise CacheMismatchError(
+                f"expected an empty cache or one made under the same recipe, got {int(present.get_seq_length())} "
+                f"tokens in layer {leader}"
+            )
+        if type(present) not in (DynamicLayer, CompressedLayer):
+            raise CacheMismatchError(
+                f"expected transformers' dynamic cache under a recipe, got a {type(present).__name__} in layer {leader}"
+            )
+        cache.layers[leader] = CompressedLayer(recipe, leader)
+    cache._depthkv_recipe = recipe
 
 
 def attention_forward(

@@ -23,15 +23,17 @@ from depthkv.errors import RecipeError
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
 
+__all__ = ["Chosen", "MeasuredRecipe", "choose_recipe", "front"]
+
 Advance = Callable[[int], None]
 
-PLANS_ALONE = 6
+_PLANS_ALONE = 6
 """Plans of a ladder that are measured alone; effects of those between are interpolated."""
 
-TOLERANCE = 0.001
+_TOLERANCE = 0.001
 """Nats by which a recipe has to be expected better than the best measured one to be measured, too."""
 
-PATIENCE = 2
+_PATIENCE = 2
 """Times that what looks best is measured although nothing better is expected, since predictions may be too high."""
 
 _AT_ONCE = 2
@@ -76,7 +78,7 @@ class Chosen:
     """In the order in which they were measured, the full cache first."""
     costs: JointCosts
     sensitivity: Mapping[int, float]
-    """What each leader of a plan counts, see `shrunk`; empty where bits are not mixed."""
+    """What each leader of a plan counts, see `_shrunk`; empty where bits are not mixed."""
     settled: bool
     """Whether nothing was expected to be better when the search ended."""
 
@@ -168,7 +170,7 @@ class _Search:
                 bytes=self.space.bytes(recipe),
                 losses=losses,
                 excess=statistics.fmean(apart),
-                error=standard_error(apart),
+                error=_standard_error(apart),
                 predicted=None if predicted is None else float(predicted[i]),
                 reason=reason,
             )
@@ -203,7 +205,7 @@ class _Search:
             plan = entry.recipe.plan
             like = [other for other in alone if other.recipe.plan.is_full == plan.is_full] or alone
             own = min(like, key=lambda other: abs(len(other.recipe.plan.leaders) - len(plan.leaders)))
-            found[entry.recipe] = standard_error([a - b for a, b in zip(entry.losses, own.losses, strict=True)])
+            found[entry.recipe] = _standard_error([a - b for a, b in zip(entry.losses, own.losses, strict=True)])
         return found
 
     def best(self) -> MeasuredRecipe:
@@ -224,13 +226,13 @@ class _Search:
             least = self._least()
             if not order:
                 return True
-            is_better = bool(predicted[order[0]] < least - TOLERANCE)
-            if math.isfinite(least) and ((not is_better and misses >= PATIENCE) or left <= 0):
+            is_better = bool(predicted[order[0]] < least - _TOLERANCE)
+            if math.isfinite(least) and ((not is_better and misses >= _PATIENCE) or left <= 0):
                 return not is_better
             chosen = self._apart(candidates, order)[: max(1, min(_AT_ONCE, left))]
             reason = "mixed" if self.sensitivity else "predicted"
             self.measure([candidates[i] for i in chosen], reason, [predicted[i] for i in chosen])
-            misses = 0 if self._least() < least - TOLERANCE else misses + 1
+            misses = 0 if self._least() < least - _TOLERANCE else misses + 1
             self.refined += len(chosen)
             left -= len(chosen)
 
@@ -255,15 +257,15 @@ class _Search:
             recipe = self.space.recipe(plan, bits, bits)
             self.measure([recipe], "leader")
             rises.append(np.array(self.found[recipe].losses) - own)
-        self.sensitivity = dict(zip(plan.leaders, shrunk(np.array(rises)), strict=True))
+        self.sensitivity = dict(zip(plan.leaders, _shrunk(np.array(rises)), strict=True))
 
 
-def standard_error(values: Sequence[float]) -> float:
+def _standard_error(values: Sequence[float]) -> float:
     """Of the mean; NaN for one value."""
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def shrunk(rises: np.ndarray) -> list[float]:
+def _shrunk(rises: np.ndarray) -> list[float]:
     """What each leader counts, from its rise of the loss on each block, `[leaders, blocks]`: mean rises, drawn to
     their common mean as far as their differences may be chance, and none below a fifth of it; 1 each where all is."""
     means = rises.mean(axis=1)
@@ -294,7 +296,7 @@ def alone(space: Space, limit: int) -> list[CacheRecipe]:
     fitting = [plan for plan in shared if space.bytes(space.recipe(plan)) <= limit]
     useful = [plan for plan in shared if plan not in fitting[2:]]
     if useful:
-        steps = np.unique(np.round(np.linspace(0, len(useful) - 1, PLANS_ALONE)).astype(int))
+        steps = np.unique(np.round(np.linspace(0, len(useful) - 1, _PLANS_ALONE)).astype(int))
         found += [space.recipe(useful[i]) for i in steps]
     if "bits" in space.axes:
         found += [space.recipe(None, keys, 16) for keys, values in space.widths() if keys != 16 == values]
@@ -349,6 +351,3 @@ def subsets() -> list[tuple[str, ...]]:
             set(AXES),
         )
     ]
-
-
-__all__ = ["AXES", "Chosen", "MeasuredRecipe", "alone", "choose_recipe", "combined", "front", "subsets"]

@@ -39,11 +39,14 @@ class ReferenceRecipeCache(Cache):
         self.attention: dict[int, torch.Tensor] = {}
         """By leader, `[batch, kv_heads, tokens]`."""
         self.padding = torch.zeros(0)
+        self.prompt = 0
+        """Tokens of the first step."""
         self._observing: set[int] = set()
 
     def begin(self, padding: torch.Tensor, new: int) -> None:
         """A step of `new` tokens follows. `padding` `[batch, tokens]`: where there is some, the step included."""
         self.padding = padding
+        self.prompt = self.prompt or new
         self._observing = {leader for leader in self.compressed if self.recipe.observes(self.count(leader) + new)}
 
     def count(self, leader: int) -> int:
@@ -97,11 +100,12 @@ class ReferenceRecipeCache(Cache):
             self._quantise(leader)
 
     def left(self, leader: int, row: int, head: int) -> list[int]:
-        """Tokens that are left: the first of the text, padding, and the others."""
+        """Tokens that are left: the first of the prompt's text, padding, and the others."""
         tokens = self.kept[leader][row, head].nonzero().flatten().tolist()
         padded = [token for token in tokens if self.padding[row, token]]
         text = [token for token in tokens if not self.padding[row, token]]
-        return [*text[: self.recipe.sinks], *padded, *text[self.recipe.sinks :]]
+        first = [token for token in text[: self.recipe.sinks] if token < self.prompt]
+        return [*first, *padded, *text[len(first) :]]
 
     def _evict(self, leader: int, number: int) -> None:
         kept, scores = self.kept[leader], self._scores(leader)

@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+__all__ = ["RULES", "KeyNorm", "ObservedAttention", "Rule", "Stored", "Window"]
+
 OBSERVED_STEPS = 8
 """So many last steps before an eviction, rules that need attention are told what the readers attend to."""
 
@@ -83,3 +85,4 @@ class ObservedAttention:
 
 
 RULES: dict[str, Rule] = {"window": Window(), "key-norm": KeyNorm(), "attention": ObservedAttention()}
+"""By the name that a recipe's file gives them."""

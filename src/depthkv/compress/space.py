@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
+__all__ = ["Space"]
+
 AXES = ("depth", "bits", "tokens")
 """What bytes can be spent on."""
 

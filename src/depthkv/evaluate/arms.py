@@ -16,6 +16,8 @@ from depthkv.sharing import share
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig
 
+__all__ = ["Arm", "plan_arms"]
+
 MakeCache = Callable[["PreTrainedConfig"], "Cache"]
 """From a model's config to an empty cache for it."""
 

@@ -10,6 +10,8 @@ import torch
 
 from depthkv.errors import DepthKVError
 
+__all__ = ["Score", "score"]
+
 RESAMPLES = 2000
 """Bootstrap samples. The ends of a 95 % interval then move by a few per cent of its width between seeds."""
 
@@ -104,6 +106,3 @@ def score(
         difference_high=apart_high,
         count=len(values),
     )
-
-
-__all__ = ["RESAMPLES", "Score", "score"]

@@ -17,6 +17,8 @@ from depthkv.memory import kv_bytes_per_token
 from depthkv.plan import SharingPlan
 from depthkv.sharing import share
 
+__all__ = ["CurveRow", "Perplexity", "perplexity", "retention_curve", "spread_blocks"]
+
 Progress = Callable[[int], None]
 """Called after each batch with the number of blocks that it held."""
 

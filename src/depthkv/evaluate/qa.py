@@ -22,6 +22,8 @@ from depthkv.qa import Question, prompt_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["QAScores", "evaluate_qa", "exact_match", "f1", "normalize_answer", "rouge_l"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class QAScores:

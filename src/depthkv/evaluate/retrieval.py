@@ -281,6 +281,3 @@ def _fitting_questions(
             + (f"{len(questions)} with longer ones" if questions else "none")
         )
     return chosen
-
-
-__all__ = ["BATCH_TOKENS", "RetrievalItem", "retrieval_items", "retrieve", "summarize"]

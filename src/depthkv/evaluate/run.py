@@ -28,6 +28,8 @@ from depthkv.qa import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["EvaluateConfig", "Evaluation"]
+
 SUITES = ("perplexity", "agreement", "generation", "qa", "retrieval")
 """What can be measured."""
 
@@ -387,6 +389,3 @@ def _exp(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-__all__ = ["SUITES", "EvaluateConfig", "Evaluation"]

@@ -11,6 +11,8 @@ from depthkv.errors import PlanError
 from depthkv.plan import SharingPlan
 from depthkv.planner.problem import Problem
 
+__all__ = ["distance_of", "evenly_spaced", "paired", "random_plan"]
+
 _MOST_SHIFT = 4
 """Layers that evenly spaced leaders are shifted by: every shift is a plan to measure."""
 

@@ -20,6 +20,8 @@ from depthkv.planner.model import CostModel, Measured
 from depthkv.planner.problem import Problem
 from depthkv.planner.swaps import cheapest_plan
 
+__all__ = ["Found", "search"]
+
 _RANKED = 20
 """Of the best plans, those whose neighbours are tried."""
 

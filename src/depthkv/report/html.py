@@ -258,13 +258,13 @@ def _warnings(runs: Runs, plans: Plans) -> list[str]:
 def _about(
     runs: Runs, benches: Benches, plans: Plans, recipes: Recipes, generations: Generations, own_command: str
 ) -> list[Section]:
-    """Recipe, environment and commands."""
+    """Provenance, environment and commands."""
     sections = []
-    made = {label: run.recipe for label, run in runs.items() if run.recipe}
+    made = {label: run.provenance for label, run in runs.items() if run.provenance}
     if made:
         intro = "How the models were made, as their checkpoints say."
-        table = _entries("Recipe", made)
-        sections.append(Section(anchor="recipe", title="Recipe", intro=intro, parts=(table,)))
+        table = _entries("Provenance", made)
+        sections.append(Section(anchor="provenance", title="Provenance", intro=intro, parts=(table,)))
     columns: dict[str, Mapping[str, str]] = {}
     for label, found in plans.items():
         own = f"{label} (plan)" if runs or benches or recipes or generations else label

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from depthkv.evaluate.perplexity import CurveRow
     from depthkv.plan import SharingPlan
 
+__all__ = ["plot_loss", "plot_plan", "plot_retention"]
+
 # Okabe and Ito's colours, which people with colour blindness can tell apart, darkest first
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _INK, _MUTED, _GRID = "#222222", "#6b6b6b", "#e3e3e3"
@@ -26,10 +28,10 @@ _WIDTH = 8.0
 """Inches. At 800 pixels that is 100 pixels an inch, so 12 points are 17 pixels."""
 _LAYERS_PER_ROW = 32
 
-Path_ = str | os.PathLike[str]
+_Path = str | os.PathLike[str]
 
 
-def plot_retention(curves: Mapping[str, Sequence[CurveRow]], path: Path_, *, title: str | None = None) -> None:
+def plot_retention(curves: Mapping[str, Sequence[CurveRow]], path: _Path, *, title: str | None = None) -> None:
     """Held-out loss against the share of layers that keep a cache, one labelled line per entry of `curves`.
 
     Args:
@@ -85,7 +87,7 @@ def plot_retention(curves: Mapping[str, Sequence[CurveRow]], path: Path_, *, tit
 def plot_loss(
     steps: Sequence[float],
     losses: Sequence[float],
-    path: Path_,
+    path: _Path,
     smoothed: Sequence[float] | None = None,
     *,
     title: str | None = None,
@@ -146,7 +148,7 @@ def smooth(losses: Sequence[float]) -> list[float]:
 
 
 def plot_plan(
-    plan: SharingPlan, path: Path_, kinds: Sequence[Hashable] | None = None, *, title: str | None = None
+    plan: SharingPlan, path: _Path, kinds: Sequence[Hashable] | None = None, *, title: str | None = None
 ) -> None:
     """A box for each layer, coloured by group: leaders filled, followers light, a bracket from leader to followers.
 
@@ -329,7 +331,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path_, *, tight: bool = True) -> None:
+def _save(figure: Figure, path: _Path, *, tight: bool = True) -> None:
     """Write beside the target, then rename."""
     options: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.15} if tight else {}
     suffix = Path(path).suffix or ".png"

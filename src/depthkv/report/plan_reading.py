@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from depthkv.calibrate import SIMILARITIES
+from depthkv.calibrate.store import SIMILARITIES
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from depthkv.compress.figures import FORMAT as RECIPE_FORMAT
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score
 from depthkv.plan import SharingPlan
@@ -17,7 +18,6 @@ from depthkv.report.checked import CheckedObject, kind
 from depthkv.report.generation_reading import FORMAT as GENERATION_FORMAT
 from depthkv.report.generation_reading import GenerationFigures, generation_figures
 from depthkv.report.plan_reading import PlanFigures, plan_figures
-from depthkv.report.recipe_reading import FORMAT as RECIPE_FORMAT
 from depthkv.report.recipe_reading import RecipeFigures, recipe_figures
 
 FORMAT, VERSION = "depthkv-evaluation", 1
@@ -86,7 +86,7 @@ class EvaluationFigures:
     held_out: bool
     settings: Mapping[str, str]
     """What was measured on, for the page: name to value."""
-    recipe: Mapping[str, str]
+    provenance: Mapping[str, str]
     """How the model was made, where the file says it."""
     environment: Mapping[str, str]
     command: str
@@ -211,7 +211,7 @@ def _evaluation(top: CheckedObject, file: str) -> EvaluationFigures:
             "seed": str(top.whole("seed", -(2**63))),
             "layers": str(num_layers),
         },
-        recipe=top.object("recipe").shown() if "recipe" in top else {},
+        provenance=top.object("provenance").shown() if "provenance" in top else {},
         environment=top.object("environment").shown(),
         command=top.text("command"),
         num_layers=num_layers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from depthkv.compress.figures import FORMAT, THIS_RECIPE, VERSION
+from depthkv.compress.figures import THIS_RECIPE, VERSION
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
@@ -147,6 +147,3 @@ def _row(found: CheckedObject) -> RecipeRow:
         measured=found.number("measured_loss"),
         loss=found.score("loss_score"),
     )
-
-
-__all__ = ["FORMAT", "MeasuredFigures", "RecipeFigures", "RecipeRow", "recipe_figures"]

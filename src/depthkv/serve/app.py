@@ -223,7 +223,7 @@ class _Completions:
         """The request's cache."""
         return {
             "cache_bytes": event.cache_bytes,
-            "retained_layers": event.retained_layers,
+            "num_leaders": event.num_leaders,
             "num_layers": self.num_layers,
         }
 

@@ -167,37 +167,37 @@ class RequestRouter(FixedRouter):
 
     Args:
         depths: of the server.
-        chooser: for requests with an adaptive plan; None where there are none.
+        router: for requests with an adaptive plan; None where there are none.
 
     Raises:
-        DepthKVError: a chooser that could choose a leader that the server has not.
+        DepthKVError: a router that could choose a leader that the server has not.
     """
 
-    def __init__(self, depths: Depths, chooser: Router | None) -> None:
+    def __init__(self, depths: Depths, router: Router | None) -> None:
         super().__init__(depths.top, depths.ladder)
-        if chooser is not None and len(set(depths.top)) < len(depths.top):
+        if router is not None and len(set(depths.top)) < len(depths.top):
             raise DepthKVError(
                 f"expected a largest retention above the plan's with a router, got {depths.max_retention:g}"
             )
-        self.chooser = chooser
+        self.router = router
         self.choose(depths.top)
 
     def choose(self, sources: Sources | None) -> None:
         """For the next prompt; None lets the other router choose."""
         self._known = sources
-        self._chooser = self.chooser if sources is None else None
-        self.needs_kv = self._chooser is not None and self._chooser.needs_kv
+        self._active = self.router if sources is None else None
+        self.needs_kv = self._active is not None and self._active.needs_kv
 
     def start(self, prompt: Prompt) -> Sources | None:  # type: ignore[override]
-        return self._known if self._chooser is None else self._chooser.start(prompt)
+        return self._known if self._active is None else self._active.start(prompt)
 
     def source(self, layer: int, prompt: Prompt, own: Pair | None) -> int:
-        if self._chooser is not None:
-            return self._chooser.source(layer, prompt, own)
+        if self._active is not None:
+            return self._active.source(layer, prompt, own)
         assert self._known is not None
         return self._known[layer]
 
     def check(self, kinds: Sequence[LayerKind], hidden_size: int) -> None:
         super().check(kinds, hidden_size)
-        if self.chooser is not None:
-            self.chooser.check(kinds, hidden_size)
+        if self.router is not None:
+            self.router.check(kinds, hidden_size)

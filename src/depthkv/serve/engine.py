@@ -20,8 +20,9 @@ from transformers import DynamicCache
 from depthkv.adaptive import Router
 from depthkv.adaptive.budget import KVBudget
 from depthkv.adaptive.ladder import Sources
-from depthkv.decoder import Decoder, find_decoder
+from depthkv.decoder import find_decoder
 from depthkv.errors import CheckpointError, DepthKVError, ServerBusyError, ServerStoppedError
+from depthkv.export import has_kv
 from depthkv.plan import SharingPlan
 from depthkv.serve.depth import Depths, Need, RequestRouter
 from depthkv.serve.metrics import Metrics
@@ -77,7 +78,7 @@ class Engine:
         decoder = find_decoder(self.model)
         self.kinds = decoder.kinds
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
-        can_lead = [layer for layer in range(decoder.num_layers) if _has_kv(decoder, layer)]
+        can_lead = [layer for layer in range(decoder.num_layers) if has_kv(decoder, layer)]
         self.depths = Depths(self.kinds, dtype, plan, min_retention, max_retention, can_lead)
         self.codec = Codec(tokenizer)
         self.metrics = Metrics()
@@ -107,7 +108,7 @@ class Engine:
     @property
     def is_adaptive(self) -> bool:
         """Whether requests may ask for `ADAPTIVE`."""
-        return self._router.chooser is not None
+        return self._router.router is not None
 
     @property
     def is_alive(self) -> bool:
@@ -225,7 +226,7 @@ class Engine:
         """The map that the request begins with; of an adaptive one the largest that it may get."""
         wanted = request.kv_retention
         if wanted == ADAPTIVE:
-            if self._router.chooser is None:
+            if self._router.router is None:
                 raise DepthKVError('expected kv_retention as a number, got "adaptive" and a server without --router')
             return self.depths.start(self.depths.max_retention)
         if isinstance(wanted, str):
@@ -364,7 +365,7 @@ class Engine:
             text=text,
             num_tokens=running.num_tokens,
             cache_bytes=running.cache.num_bytes,
-            retained_layers=running.cache.num_leaders,
+            num_leaders=running.cache.num_leaders,
             finish_reason=reason,
         )
 
@@ -385,7 +386,7 @@ class Engine:
         self.metrics.runs(len(running))
         self.metrics.holds(sum(r.cache.num_bytes for r in running))
         leaders = sum(r.cache.num_leaders for r in running)
-        self.metrics.retained_layers.set(leaders / len(running) if running else 0)
+        self.metrics.num_leaders.set(leaders / len(running) if running else 0)
 
     def _check_model(self) -> None:
         """A damaged checkpoint can load and compute nonsense."""
@@ -394,9 +395,3 @@ class Engine:
         joint = torch.no_grad()(joint_step)(self.model, self.kinds, [cache], [0])
         if not bool(logits.isfinite().all() and joint.isfinite().all()):
             raise CheckpointError("expected a model that computes finite logits, got others: its weights are damaged")
-
-
-def _has_kv(decoder: Decoder, layer: int) -> bool:
-    """Whether the layer has weights for keys and values; an export leaves out those of followers."""
-    name = decoder.family.fused or decoder.family.k_proj
-    return any(True for _ in getattr(decoder.attention(layer), name).parameters())

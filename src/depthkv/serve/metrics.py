@@ -23,7 +23,7 @@ class Metrics:
         self.cache_bytes = gauge("kv_cache_bytes", "Bytes that the KV caches of running requests hold.")
         self.cache_bytes_peak = gauge("kv_cache_peak_bytes", "Most that they held since the start.")
         self.budget_bytes = gauge("kv_budget_bytes", "Most that they may hold; 0 is no limit.")
-        self.retained_layers = gauge("retained_layers", "Layers that keep a cache, mean over running requests.")
+        self.num_leaders = gauge("num_leaders", "Layers that keep a cache, mean over running requests.")
         self.waiting = gauge("requests_waiting", "Requests that wait for room.")
         self.running = gauge("requests_running", "Requests that are being answered.")
         self.running_peak = gauge("requests_running_peak", "Most at once since the start.")

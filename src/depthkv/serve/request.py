@@ -45,7 +45,7 @@ class Progress:
     """Written so far."""
     cache_bytes: int
     """Of this request."""
-    retained_layers: int
+    num_leaders: int
     """That keep a cache for this request."""
     finish_reason: str | None = None
     """"stop" or "length"; None while it goes on."""

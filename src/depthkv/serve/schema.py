@@ -147,7 +147,7 @@ class CacheReport(BaseModel):
     """What the request's KV cache is at this token."""
 
     cache_bytes: int
-    retained_layers: int
+    num_leaders: int
     num_layers: int
 
 

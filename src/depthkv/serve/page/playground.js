@@ -91,7 +91,7 @@ class Panel {
     this.started ??= now;
     this.count += 1;
     this.bytes = piece.depthkv.cache_bytes;
-    const layers = piece.depthkv.retained_layers;
+    const layers = piece.depthkv.num_leaders;
     this.first ??= layers;
     this.gaveUp = layers < this.first;
     const given = this.gaveUp ? ` (${this.first} at first)` : "";

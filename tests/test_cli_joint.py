@@ -16,7 +16,7 @@ import torch
 
 from depthkv import SharingPlan, load
 from depthkv.calibrate import run
-from depthkv.cli import main, recipe
+from depthkv.cli import joint, main
 from depthkv.compress import CacheRecipe
 from depthkv.compress.measure import streamed_losses
 from depthkv.data import named_blocks, resolve_data, split_documents
@@ -108,7 +108,7 @@ def test_layers_are_chosen_anew_without_a_plan(model: Path, text: Path, tmp_path
     assert (tmp_path / "r.calibration.json").exists()
     assert choose(model, text, "--retention", ".5", out=tmp_path / "p.json", small=SMALL) == 0
     # five sizes below the full cache, from what the plan's file says
-    ladder = recipe.read_ladder([tmp_path / "p.json"], (kind_of(model),) * LAYERS)
+    ladder = joint.read_ladder([tmp_path / "p.json"], (kind_of(model),) * LAYERS)
     assert sorted(len(entry.leaders) for entry in ladder) == [1, 2, 3, 4, 5]
 
 
@@ -121,7 +121,7 @@ def kind_of(model: Path) -> Any:
 
 def test_larger_plans_are_made_from_the_order(model: Path) -> None:
     plan = SharingPlan([0, 0, 2, 0, 0, 5], {"order": [3, 1, 4, 5, 2]})
-    ladder = recipe.nested_around(plan, (kind_of(model),) * LAYERS)
+    ladder = joint.nested_around(plan, (kind_of(model),) * LAYERS)
     assert [list(entry.kv_source_layers) for entry in ladder[-3:]] == [
         [0, 1, 2, 0, 4, 5],
         [0, 0, 2, 0, 4, 5],
