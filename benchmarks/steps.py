@@ -112,10 +112,11 @@ def noise(folder: Path) -> list[Row]:
     found = []
     for trained, name in (("with noise", "with.json"), ("without", "without.json")):
         figures = json.loads((folder / name).read_text(encoding="utf-8"))
-        (plan,) = (row for row in figures["rows"] if not row.get("cache_recipe"))
         (recipe,) = (row for row in figures["rows"] if row.get("cache_recipe"))
+        layers = recipe["kv_source_layers"]
+        plan = next(row for row in figures["rows"] if row is not recipe and row["kv_source_layers"] == layers)
         losses = {"plan_loss": plan["loss"], "recipe_loss": recipe["loss"]}
-        tokens = figures.get("recipe", {}).get("tokens")
+        tokens = figures.get("provenance", {}).get("tokens")
         found.append({"trained": trained, "tokens": tokens, "recipe_fraction": recipe["cache_fraction"], **losses})
     return found
 
