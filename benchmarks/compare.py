@@ -95,7 +95,7 @@ def main() -> None:
         work = Evaluation(tokenizer=tokenizer, texts=texts, config=config, questions=questions)
         figures = measure(model, name, models[name], work, arms, args)
         if own is not None and own.provenance:
-            figures["recipe"] = dict(own.provenance)
+            figures["provenance"] = dict(own.provenance)
         figures["seconds"] = round(time.perf_counter() - started, 1)
         suffix = "".join(c if c.isalnum() else "-" for c in args.match) if name == "peers" and args.match else ""
         (args.out / f"{name}{suffix}.json").write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")
