@@ -42,7 +42,11 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 LAYERS = 30
 """Of SmolLM2-135M, which the pages' plans are for."""
 
-SMALLER = {"300_000": "600", "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)"}
+SMALLER = {
+    "300_000": "600",
+    "token_blocks(held_out, tokenizer, 512)": "token_blocks(held_out, tokenizer, 64)",
+    "prompt_tokens=256": "prompt_tokens=32",
+}
 SMALLER["token_blocks(training, tokenizer, 512)"] = "token_blocks(training, tokenizer, 64)"
 SMALLER["named_blocks(training, tokenizer, 512)"] = "named_blocks(training, tokenizer, 64)"
 """What Python blocks say, and what runs instead."""

@@ -61,6 +61,7 @@ def outcome(target: Target, data: bytes, kind: str = "file") -> str:
         return "refused" if code is None else "read"
 
 
+@pytest.mark.filterwarnings("ignore:Generating overly large repr")  # hypothesis's own, of large files
 @pytest.mark.parametrize("name", NAMES)
 def test_damaged_files(name: str, formats: dict[str, Target]) -> None:
     target, seen = formats[name], Counter[str]()

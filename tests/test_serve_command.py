@@ -75,22 +75,22 @@ def test_vllm_is_run_where_it_can_load(
     ran: list[tuple[list[str], dict[str, str]]] = []
 
     def run(file: str, line: list[str], env: dict[str, str]) -> Any:
-        assert file.endswith("vllm")
+        assert file == sys.executable
         ran.append((line, env))
-        raise FileNotFoundError
+        raise KeyboardInterrupt  # the real one does not come back
 
     monkeypatch.setattr(vllm, "is_installed", lambda: True)
     plain = tiny_checkpoint(tmp_path / "plain")
-    monkeypatch.setattr(os, "execvpe", run)
+    monkeypatch.setattr(os, "execve", run)
     options = ["--kv-budget", "1MiB", "--max-context", "512", "--api-key", "k", "--max-sequences", "8"]
-    assert main(["serve", str(plain), *options]) == 2
+    assert main(["serve", str(plain), *options]) == 130
     ((line, environment),) = ran
-    expected = f"vllm serve {plain} --host 127.0.0.1 --port 8000 --served-model-name plain --dtype auto"
-    expected += " --max-num-seqs 8"
+    expected = f"{sys.executable} -m vllm.entrypoints.openai.api_server --model {plain} --host 127.0.0.1 --port 8000"
+    expected += " --served-model-name plain --dtype auto --max-num-seqs 8"
     assert " ".join(line) == f"{expected} --max-model-len 512 --kv-cache-memory-bytes 1048576"
     assert environment["VLLM_API_KEY"] == "k"
     shown = capsys.readouterr().err.replace("\n", " ")
-    assert " ".join(line) in shown and "expected the program vllm in PATH" in shown
+    assert " ".join(line) in shown
     for options, message in (
         (["--min-retention", ".5"], "got --min-retention, which only the embedded server takes"),
         (["--max-tokens", "7"], "got --max-tokens, which only the embedded server takes"),
@@ -113,15 +113,13 @@ def test_vllm_is_run_where_it_can_load(
 def test_signals_reach_vllm(tmp_path: Path) -> None:
     """It takes the place of the process, so that nothing is left over when that is ended."""
     plain = tiny_checkpoint(tmp_path / "plain")
-    (tmp_path / "site" / "vllm").mkdir(parents=True)
-    (tmp_path / "site" / "vllm" / "__init__.py").touch()
-    program = tmp_path / "bin" / "vllm"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho vllm runs as $$\nexec sleep 60\n")
-    program.chmod(0o755)
+    module = tmp_path / "site" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    module.parent.mkdir(parents=True)
+    for package in (module.parent, module.parent.parent, module.parent.parent.parent):
+        (package / "__init__.py").touch()
+    module.write_text("import os, time\nprint('vllm runs as', os.getpid(), flush=True)\ntime.sleep(60)\n")
     paths = [str(SOURCE), str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    environment["PATH"] = os.pathsep.join([str(program.parent), os.environ["PATH"]])
     command = [sys.executable, "-m", "depthkv", "serve", str(plain)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

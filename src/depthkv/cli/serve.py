@@ -110,11 +110,7 @@ def serve_command(
         )
         show(f"running: {shlex.join(line)}")
         key = {} if api_key is None else {"VLLM_API_KEY": api_key}
-        try:  # in the place of this process, so that signals reach it
-            os.execvpe(line[0], line, os.environ | key)
-        except FileNotFoundError as problem:
-            why = "expected the program vllm in PATH (pip install 'depthkv[vllm]'), got none; or --engine embedded"
-            raise DepthKVError(why) from problem
+        os.execve(line[0], line, os.environ | key)  # in the place of this process, so that signals reach it
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise DepthKVError(
             f"expected the embedded server's packages (pip install 'depthkv[serve]'), got no {missing[0]}"

@@ -89,7 +89,10 @@ class CacheRecipe:
         for name, least in (("group_size", 1), ("sinks", 0), ("recent", 1)):
             _at_least(getattr(self, name), name, least)
         if not (self.rule in RULES if isinstance(self.rule, str) else isinstance(self.rule, Rule)):
-            raise RecipeError(f"expected rule to be one of {', '.join(RULES)} or a Rule, got {self.rule!r}")
+            raise RecipeError(
+                f"expected rule to be one of {', '.join(RULES)}, or an object with needs_attention and scores, "
+                f"got {self.rule!r}"
+            )
         if self.group_size % 8 and self.is_quantised:
             raise RecipeError(f"expected a group_size that 8 divides, got {self.group_size}")
         if self.tokens is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -34,12 +33,6 @@ def can_load(model: str) -> bool:
         return False
 
 
-def program() -> str:
-    """vLLM's command: in PATH, or beside the Python that runs, whose environment need not be active."""
-    beside = Path(sys.executable).with_name("vllm")
-    return shutil.which("vllm") or (str(beside) if beside.is_file() else "vllm")
-
-
 def command(
     model: str,
     *,
@@ -51,8 +44,12 @@ def command(
     max_sequences: int,
     max_context: int | None,
 ) -> list[str]:
-    """What to run; the API key goes through the environment, as VLLM_API_KEY, where no list of processes shows it."""
-    line = [program(), "serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
+    """What to run: the module behind `vllm serve`, since that program is broken in vLLM's build for CPUs.
+
+    The API key goes through the environment, as VLLM_API_KEY, where no list of processes shows it.
+    """
+    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    line += ["--host", host, "--port", str(port), "--served-model-name", name]
     line += ["--dtype", dtype, "--max-num-seqs", str(max_sequences)]
     line += [] if max_context is None else ["--max-model-len", str(max_context)]
     return line + ([] if kv_budget is None else ["--kv-cache-memory-bytes", str(kv_budget)])
