@@ -11,6 +11,7 @@ GROUPS = {
     "untrained": "untrained, ",
     "peers": "",
     "default": "default recipe, ",
+    "essay": "essay adapter, ",
     "adapter": "shipped adapter, ",
 }
 """Files of benchmarks/compare.py, in the order of the table, and what their labels begin with."""
@@ -60,13 +61,13 @@ def comparison_texts(read: Read) -> Table:
 
 def positions(read: Read) -> Table:
     """How much more than the full cache each arm loses, by position, over the kinds of text."""
-    wanted = ("default recipe", "shipped adapter", "StreamingLLM", "quantised")
+    wanted = ("default recipe", "essay adapter", "StreamingLLM", "quantised")
     rows, headings = [], []
     for label, row in arms(read):
         if not label.startswith(wanted) or label.endswith("full cache"):
             continue
         for text in row["texts"]:
-            if not label.startswith("shipped adapter") or text["data"] == "builtin:anarchism":
+            if not label.startswith("essay adapter") or text["data"] == "builtin:anarchism":
                 headings = [f"{p['first']}-{p['last']}" for p in text["positions"]]
                 cells = [f"{p['loss']['difference']:+.2f}" for p in text["positions"]]
                 rows.append([label, text["data"].removeprefix("builtin:"), *cells])

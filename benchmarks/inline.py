@@ -15,7 +15,7 @@ Figure = Callable[[Read], str]
 
 ADAPTED = ("leader subsets, all layers", "leader subsets, adapter", "R-CLA, adapter")
 """Models of the planner's table that were adapted with random maps."""
-SHIPPED = "shipped adapter"
+ESSAY = "essay adapter"
 
 
 def percent(shares: list[float]) -> str:
@@ -68,9 +68,9 @@ def planned(label: str, retention: float, rule: str, digits: int = 1) -> Figure:
     return lambda read: f"{excess(planner_runs(read)[label, retention, True], rule):.{digits}f}"
 
 
-def shipped_less(retention: float) -> Figure:
+def essay_less(retention: float) -> Figure:
     def made(read: Read) -> str:
-        run = planner_runs(read)[SHIPPED, retention, True]
+        run = planner_runs(read)[ESSAY, retention, True]
         return f"{1 - excess(run, 'planner') / excess(run, 'evenly spaced, 0'):.0%}".replace("%", " %")
 
     return made
@@ -232,13 +232,13 @@ FIGURES: dict[str, Figure] = {
     "planner-less": lambda read: percent(list(less_excess(read))),
     "planner-untrained": planned("untrained", 0.5, "planner"),
     "planner-untrained-even": planned("untrained", 0.5, "evenly spaced, 0"),
-    "planner-shipped-third": shipped_less(0.33),
-    "planner-shipped-quarter": shipped_less(0.25),
+    "planner-essay-third": essay_less(0.33),
+    "planner-essay-quarter": essay_less(0.25),
     "default-cost": default_cost,
     "default-f1": suite("default recipe, 50% of layers", "f1"),
     "default-retrieval": suite("default recipe, 50% of layers", "retrieval"),
-    "adapter-f1": suite("shipped adapter, 50% of layers", "f1"),
-    "adapter-retrieval": suite("shipped adapter, 50% of layers", "retrieval"),
+    "adapter-f1": suite("essay adapter, 50% of layers", "f1"),
+    "adapter-retrieval": suite("essay adapter, 50% of layers", "retrieval"),
     "full-f1": suite("full cache", "f1"),
     "full-retrieval": suite("full cache", "retrieval"),
     "4-bits-f1": suite("quantised to 4 bits, 25%", "f1"),

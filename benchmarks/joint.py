@@ -6,7 +6,7 @@ the held-out ones); its loss is measured on held-out ones. Recipes of
 smaller subsets are known to the larger ones. One JSON line per subset and size is appended to --out; what is there is
 not done again, and all losses are kept in --keep, so a run that was stopped goes on.
 
-    python benchmarks/joint.py builtin:smollm2-135m-depthkv --label "shipped adapter" --plan plan.json \\
+    python benchmarks/joint.py DIR --label "essay adapter" --plan plan.json \\
         --keep joint-losses.json --out docs/raw/joint.jsonl
 """
 

@@ -3,7 +3,7 @@
 For one model: calibrate on training documents, plan for several retentions, and measure every plan on held-out
 documents. One JSON line per retention and kind of sources is appended to --out, and a table printed.
 
-    python benchmarks/planner.py builtin:smollm2-135m-depthkv --label "shipped adapter" --out docs/raw/planner.jsonl
+    python benchmarks/planner.py DIR --label "essay adapter" --out docs/raw/planner.jsonl
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ PLANNER = {
     "leader subsets, all layers": "leader subsets, all layers",
     "leader subsets, adapter": "leader subsets, adapter",
     "R-CLA, adapter": "R-CLA, adapter",
-    "shipped adapter": "shipped adapter",
+    "essay adapter": "essay adapter",
     "from scratch, leader subsets": "from scratch, 12 layers",
     "from scratch, leader subsets, validation": "the same, calibrated on held-out text",
 }

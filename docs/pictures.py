@@ -229,10 +229,10 @@ PICTURES: dict[str, Callable[[], str]] = {
 
 def _retention_panel(left: float, width: float) -> tuple[list[str], str]:
     """Held-out loss by share of layers that keep a cache, with 95 % intervals, and the same in words."""
-    groups = {line["group"]: line for line in _raw("compare") if line["group"] in ("untrained", "adapter")}
+    groups = {line["group"]: line for line in _raw("compare") if line["group"] in ("untrained", "default")}
     curves = {
         name: sorted(groups[group]["rows"], key=lambda row: row["retention"])
-        for group, name in (("untrained", "untrained"), ("adapter", "with the adapter"))
+        for group, name in (("untrained", "untrained"), ("default", "adapted"))
     }
     scores = [row["loss_score"] for rows in curves.values() for row in rows]
     low = 2 * math.floor(min(score["low"] for score in scores) / 2)
@@ -247,7 +247,7 @@ def _retention_panel(left: float, width: float) -> tuple[list[str], str]:
         return bottom - (bottom - top) * (loss - low) / (high - low)
 
     model = groups["untrained"]["model"].rpartition(":")[2]
-    data = [name.rpartition(":")[2] for name in groups["adapter"]["data"]]
+    data = [name.rpartition(":")[2] for name in groups["default"]["data"]]
     texts = ", ".join(data) if len(data) < 4 else f"{len(data)} kinds of text"
     parts = [
         text(left, 22, "Held-out loss, nats per token", "title"),
@@ -271,10 +271,10 @@ def _retention_panel(left: float, width: float) -> tuple[list[str], str]:
             bar = f"M{x:.1f} {upper}V{lower}M{x - 5:.1f} {upper}h10M{x - 5:.1f} {lower}h10"
             parts += [f'<path class="{kind} span" d="{bar}"/>']
             parts += [f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y}" r="4"/>']
-            # with every layer's cache the curves meet: one figure, below both
-            if score is not points[-1][1]:
+            # with every layer's cache the curves nearly meet: one figure above, one below
+            if score is not points[-1][1] or kind == "one":
                 parts.append(text(round(x, 1), upper - 7, f"{score['value']:.2f}", "title middle halo"))
-            elif kind == "all":
+            else:
                 parts.append(text(round(x, 1), lower + 18, f"{score['value']:.2f}", "title middle halo"))
         lowest, highest = (
             pick(down(score[end]) for _, score in points[:-1]) for pick, end in ((max, "low"), (min, "high"))

@@ -370,14 +370,14 @@ def test_hero_shows_what_was_measured(
     lines = [json.loads(line) for line in (ROOT / "docs" / "raw" / "compare.jsonl").read_text().splitlines()]
     for line in lines:
         line["data"] = [f"builtin:text{i}" for i in range(5)]
-        for row in line["rows"] if line["group"] == "adapter" else ():
+        for row in line["rows"] if line["group"] == "default" else ():
             row["loss"] = 2.25 + (row["retention"] < 1) / 4
             row["loss_score"] |= {"value": row["loss"], "low": row["loss"] - 0.125, "high": row["loss"] + 0.0625}
     (tmp_path / "raw" / "compare.jsonl").write_text("\n".join(map(json.dumps, lines)))
     before = pictures.hero(narrow=narrow)
     monkeypatch.setattr(pictures, "DOCS", tmp_path)
     drawn = pictures.hero(narrow=narrow)
-    assert "with the adapter 2.25 at 100%, 2.50 at 50%" in drawn and "every second layer 20 GiB" in drawn
+    assert "adapted 2.25 at 100%, 2.50 at 50%" in drawn and "every second layer 20 GiB" in drawn
     assert drawn.count(">2.50<") == 3 and drawn.count(">2.25<") == 1 and ">2.50<" not in before
     assert "5 kinds of text" in drawn
 
