@@ -37,6 +37,13 @@ def words(count: int, first: int = 0) -> str:
 
 
 class TestReadTexts:
+    def test_files_of_other_types_are_named(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        for name in ("a.txt", "b.rst", "c.pdf", ".hidden"):
+            (tmp_path / name).write_text("words")
+        assert len(read_texts(tmp_path, progress=said.append)) == 1
+        assert said == [f"{tmp_path}: 2 files of other types than .txt, .md and .jsonl left out, such as b.rst"]
+
     def test_folder_of_every_kind(self, tmp_path: Path) -> None:
         (tmp_path / "b").mkdir()
         (tmp_path / ".git").mkdir()

@@ -53,13 +53,13 @@ def resolve_data(name: str | os.PathLike[str], progress: Progress | None = None)
 
     Args:
         name: `builtin:anarchism`, `builtin:brown`, `builtin:fallback` or a path, see `read_texts`.
-        progress: gets one line before a download; by default it goes to stderr.
+        progress: gets one line before a download, which by default goes to stderr, and one about files left out.
 
     Raises:
         DataError: an unknown built-in, a failed download, or text that cannot be read.
     """
     if not isinstance(name, str) or not name.startswith("builtin:"):
-        return read_texts(name)
+        return read_texts(name, progress=progress)
     short = name.removeprefix("builtin:")
     if short not in BUILTIN_TEXTS:
         choices = ", ".join(f"builtin:{text}" for text in BUILTIN_TEXTS)
@@ -69,13 +69,16 @@ def resolve_data(name: str | os.PathLike[str], progress: Progress | None = None)
     return read_texts(fetch_text(short, progress), min_paragraph_words=_BUILTIN_MIN_PARAGRAPH_WORDS)
 
 
-def read_texts(path: str | os.PathLike[str], *, min_paragraph_words: int = 0) -> list[Document]:
+def read_texts(
+    path: str | os.PathLike[str], *, min_paragraph_words: int = 0, progress: Progress | None = None
+) -> list[Document]:
     """Read a text file, or every .txt, .md and .jsonl file (plain or .gz) in a folder and its subfolders.
 
     Args:
         path: a file or folder. A .jsonl file holds one object with a "text" string on every line, each a document;
             any other file is one document. Hidden files and folders inside a folder are skipped.
         min_paragraph_words: paragraphs (parted by blank lines) with fewer words are dropped; 0 keeps the text whole.
+        progress: gets one line if a folder has files of other types, which are left out.
 
     Returns:
         The documents that hold any text, in the order of their paths.
@@ -85,9 +88,13 @@ def read_texts(path: str | os.PathLike[str], *, min_paragraph_words: int = 0) ->
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        files = sorted(file for file in root.rglob("*") if _is_text_file(file, root))
+        seen = sorted(file for file in root.rglob("*") if _is_visible_file(file, root))
+        files = [file for file in seen if _is_text_file(file)]
         if not files:
             raise DataError(f"expected .txt, .md or .jsonl files (or these with .gz) in {root}, got none")
+        if progress is not None and (others := len(seen) - len(files)):
+            example = next(file.name for file in seen if not _is_text_file(file))
+            progress(f"{root}: {others} files of other types than .txt, .md and .jsonl left out, such as {example}")
     elif root.exists():
         files = [root]
     else:
@@ -196,10 +203,12 @@ def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [int(tokens[0])] if tokens and tokens[0] == tokenizer.bos_token_id else []
 
 
-def _is_text_file(file: Path, root: Path) -> bool:
-    inside = file.relative_to(root)
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return not hidden and file.is_file() and file.name.lower().removesuffix(".gz").endswith(_SUFFIXES)
+def _is_visible_file(file: Path, root: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _is_text_file(file: Path) -> bool:
+    return file.name.lower().removesuffix(".gz").endswith(_SUFFIXES)
 
 
 def _read_file(file: Path, shown: str) -> Iterator[Document]:

@@ -7,7 +7,9 @@ both: with every layer's own cache it is what it was, and under a plan the adapt
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +79,16 @@ def add_adapter(model: nn.Module, settings: LoraSettings) -> Any:
         fan_in_fan_out=isinstance(decoder.model.get_submodule(names[0]), Conv1D),  # GPT-2 stores weights transposed
         task_type="CAUSAL_LM",
     )
-    return gate(get_peft_model(model, config))
+    with _without_renamed():
+        return gate(get_peft_model(model, config))
+
+
+@contextmanager
+def _without_renamed() -> Iterator[None]:
+    """PEFT reads a property that transformers 5.23 has given another name: nothing that a user could change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+        yield
 
 
 def target_modules(decoder: Decoder, targets: str) -> list[str]:
@@ -169,6 +180,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], *, is_trai
         if not (folder / name).is_file():
             raise CheckpointError(f"expected {name} in {folder}, got none")
     try:
-        return gate(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable))
+        with _without_renamed():
+            return gate(PeftModel.from_pretrained(model, folder, is_trainable=is_trainable))
     except Exception as error:  # PEFT lets through whatever json, safetensors and torch raise
         raise CheckpointError(f"expected an adapter for this model in {folder}, got: {error}") from error

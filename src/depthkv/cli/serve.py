@@ -161,7 +161,7 @@ def serve_command(
         if api_key is None and hosts is None:
             show(f"anybody who reaches {host} can use this server: --api-key asks for a key")
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        depths, limit = made.depths, "no budget" if budget is None else format_bytes(budget)
+        depths, limit = made.depths, "no KV budget" if budget is None else f"a KV budget of {format_bytes(budget)}"
         show(
             f"{name} at {address}/v1, {depths.default:.0%} of the layers keep a cache "
             f"({depths.min_retention:.0%} to {depths.max_retention:.0%}), {limit}; a page to try it is at /"
