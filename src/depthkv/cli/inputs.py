@@ -134,7 +134,8 @@ Texts = Annotated[
     typer.Option(
         "--data",
         metavar="DATA",
-        help=f"Text: a file, a folder (its .txt, .md and .jsonl, plain or .gz) or {', '.join(f'builtin:{text}' for text in BUILTIN_TEXTS)}. "
+        help="Text: a file, a folder (its .txt, .md and .jsonl, plain or .gz) or "
+        f"{', '.join(f'builtin:{text}' for text in BUILTIN_TEXTS)}. "
         "Repeat it for several.",
     ),
 ]
