@@ -307,6 +307,7 @@ ELSEWHERE = {
     "adaptive.jsonl": "the same models, an hour each: python benchmarks/adaptive.py",
     "elastic.jsonl": "the same models: python benchmarks/elastic.py",
     "vllm.jsonl": "vLLM, in an environment of its own: python benchmarks/vllm_blocks.py",
+    "product.jsonl": "half an hour: python benchmarks/product.py import wheel clean coverage",
     "reliability.jsonl": "make fuzz, which checks and times nothing",
     "recipes.jsonl": "a search whose script was not kept",
     "paper.jsonl": "copied from the paper",

@@ -23,6 +23,7 @@ import gpu_tables
 import inline
 import joint_tables
 import planner_tables
+import product_tables
 import reliability_tables
 import scale_tables
 import serve_tables
@@ -216,6 +217,7 @@ for name, module in {
     "gpu.jsonl": gpu_tables,
     "joint.jsonl": joint_tables,
     "reliability.jsonl": reliability_tables,
+    "product.jsonl": product_tables,
     "scale.jsonl": scale_tables,
     "serve.jsonl": serve_tables,
     "vllm.jsonl": vllm_tables,
