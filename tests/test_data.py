@@ -37,6 +37,11 @@ def words(count: int, first: int = 0) -> str:
 
 
 class TestReadTexts:
+    def test_a_line_of_brackets(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text("[" * 100_000)
+        with pytest.raises(DataError, match="expected a JSON object on line 1"):
+            read_texts(tmp_path)
+
     def test_files_of_other_types_are_named(self, tmp_path: Path) -> None:
         said: list[str] = []
         for name in ("a.txt", "b.rst", "c.pdf", ".hidden"):

@@ -232,7 +232,7 @@ def _json_lines(text: str, file: Path, shown: str) -> Iterator[Document]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             raise DataError(f"expected a JSON object on line {number} of {file}, got {problem}") from problem
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
             raise DataError(f'expected an object with a "text" string on line {number} of {file}, got {line[:60]!r}')
