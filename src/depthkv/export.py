@@ -127,7 +127,7 @@ def require_new_or_export(target: Path) -> None:
         path = target / "config.json"
         try:
             is_one = is_exported(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             is_one = False
         if not is_one:
             raise CheckpointError(f"expected a new or empty folder or an earlier export, got {target}, a checkpoint")

@@ -29,7 +29,7 @@ def can_load(model: str) -> bool:
         if is_exported(config):
             return config["model_type"].removeprefix(TYPE_PREFIX) in MODELS
         return "kv_source_layers" not in config
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
 
 
