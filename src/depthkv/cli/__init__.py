@@ -9,64 +9,64 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from depthkv.cli.bench import bench_command
-from depthkv.cli.demo import demo_command
-from depthkv.cli.evaluate import evaluate_command
-from depthkv.cli.export import export_command
-from depthkv.cli.generate import generate_command
-from depthkv.cli.heads import merge_heads_command
-from depthkv.cli.inspect import inspect_command
 from depthkv.cli.output import remember_command
-from depthkv.cli.plan import plan_command
-from depthkv.cli.recipe import recipe_command
-from depthkv.cli.report import report_command
-from depthkv.cli.router import router_command
-from depthkv.cli.serve import serve_command
-from depthkv.cli.train import adapt_command
-from depthkv.compress.space import AXES
 from depthkv.errors import DepthKVError
-from depthkv.evaluate.run import SUITES
 from depthkv.machine import versions
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
 # typer brings its own copy of click since 0.2x; by this name the base of its usage errors is found in either
 _ClickException: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-_SEVERAL = {name: _NUMBER for name in ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")}
-_SEVERAL["--recipe"] = re.compile(r".+\.json")
-_SEVERAL["--axes"] = re.compile("|".join(AXES))
-_SEVERAL["--plan"] = re.compile(r".+\.json")
-_SEVERAL["--suite"] = re.compile("|".join([*SUITES, "all"]))
-"""Options that may be followed by several values where a command takes them more than once, and what those look like:
-the argument after them could be MODEL."""
+_COMMANDS = {
+    "demo": ("demo.demo_command", "The whole story on SmolLM2-135M, in minutes."),
+    "inspect": ("inspect.inspect_command", "Layers, cache sizes, what can share with what."),
+    "merge-heads": ("heads.merge_heads_command", "Fewer KV heads, to be adapted."),
+    "adapt": ("train.adapt_command", "Train a model to keep fewer layers' caches."),
+    "plan": ("plan.plan_command", "Choose the layers to keep, by measuring."),
+    "router": ("router.router_command", "Choose the layers to keep for each prompt."),
+    "recipe": ("recipe.recipe_command", "Bits and tokens of the caches that stay, by hand."),
+    "evaluate": ("evaluate.evaluate_command", "What is lost at several retentions."),
+    "report": ("report.report_command", "One HTML page of what was measured."),
+    "generate": ("generate.generate_command", "Text, and the size of its cache."),
+    "serve": ("serve.serve_command", "An OpenAI-compatible server."),
+    "export": ("export.export_command", "A checkpoint that vLLM serves."),
+    "bench": ("bench.bench_command", "Speed and memory, full and shared in turns."),
+}
+"""Where each is and what it does, in the order of the help. Only the one that runs is imported: some take seconds."""
 
-app = typer.Typer(
-    name="depthkv",
-    help="Keep the KV cache of only some layers of a language model, train it for that, measure the cost.",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-app.command("demo", short_help="The whole story on SmolLM2-135M, in minutes.")(demo_command)
-app.command("inspect", short_help="Layers, cache sizes, what can share with what.")(inspect_command)
-app.command("merge-heads", short_help="Fewer KV heads, to be adapted.")(merge_heads_command)
-app.command("adapt", short_help="Train a model to keep fewer layers' caches.")(adapt_command)
-app.command("plan", short_help="Choose the layers to keep, by measuring.")(plan_command)
-app.command("router", short_help="Choose the layers to keep for each prompt.")(router_command)
-app.command("recipe", short_help="Bits and tokens of the caches that stay, by hand.")(recipe_command)
-app.command("evaluate", short_help="What is lost at several retentions.")(evaluate_command)
-app.command("report", short_help="One HTML page of what was measured.")(report_command)
-app.command("generate", short_help="Text, and the size of its cache.")(generate_command)
-app.command("serve", short_help="An OpenAI-compatible server.")(serve_command)
-app.command("export", short_help="A checkpoint that vLLM serves.")(export_command)
-app.command("bench", short_help="Speed and memory, full and shared in turns.")(bench_command)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_JSON = re.compile(r".+\.json")
+_SEVERAL = ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep", "--recipe", "--plan")
+_SEVERAL += ("--axes", "--suite")
+"""Options that may be followed by several values where a command takes them more than once."""
+
+
+def _app(name: str) -> typer.Typer:
+    """All commands, of which only `name` can run."""
+    app = typer.Typer(
+        name="depthkv",
+        help="Keep the KV cache of only some layers of a language model, train it for that, measure the cost.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    app.callback()(_before_the_command)
+    for command, (place, short_help) in _COMMANDS.items():
+        module, _, function = place.partition(".")
+        run = getattr(import_module(f"depthkv.cli.{module}"), function) if command == name else _not_imported
+        app.command(command, short_help=short_help)(run)
+    return app
+
+
+def _not_imported() -> None:
+    raise NotImplementedError
 
 
 def _show_versions(asked: bool) -> None:
@@ -76,7 +76,6 @@ def _show_versions(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _before_the_command(
     version: Annotated[
         bool,
@@ -87,16 +86,10 @@ def _before_the_command(
 ) -> None: ...
 
 
-def _repeatable_options() -> dict[str, set[str]]:
-    """By command."""
+def _repeatable_options(app: typer.Typer, name: str) -> set[str]:
     group: Any = typer.main.get_command(app)
-    return {
-        name: {option for p in command.params if getattr(p, "multiple", False) for option in p.opts}
-        for name, command in group.commands.items()
-    }
-
-
-_REPEATABLE = _repeatable_options()
+    params = group.commands[name].params if name in group.commands else []
+    return {option for p in params if getattr(p, "multiple", False) for option in p.opts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,8 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
     """
     _quiet_libraries()
-    remember_command(sys.argv[1:] if argv is None else argv)
-    arguments = _spread_values(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    remember_command(given)
+    name = given[0] if given else ""
+    app = _app(name)
+    arguments = _spread_values(given, _repeatable_options(app, name))
     try:
         code = app(args=arguments or ["--help"], prog_name="depthkv", standalone_mode=False)
     except DepthKVError as error:
@@ -132,15 +128,14 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _spread_values(arguments: Sequence[str]) -> list[str]:
+def _spread_values(arguments: Sequence[str], repeatable: set[str]) -> list[str]:
     """`--retention 1 .5 .33` as one option per value, which is what the parser knows."""
-    repeatable = _REPEATABLE.get(arguments[0], set()) if arguments else set()
     spread: list[str] = []
     taking = ""
     for i, argument in enumerate(arguments):
         if argument == "--":
             return spread + list(arguments[i:])
-        if taking and (arguments[i - 1] == taking or _SEVERAL[taking].fullmatch(argument)):
+        if taking and (arguments[i - 1] == taking or _looks_like(taking).fullmatch(argument)):
             spread.append(f"{taking}={argument}")
         elif argument in _SEVERAL and argument in repeatable and i + 1 < len(arguments):
             taking = argument
@@ -148,6 +143,19 @@ def _spread_values(arguments: Sequence[str]) -> list[str]:
             taking = ""
             spread.append(argument)
     return spread
+
+
+def _looks_like(option: str) -> re.Pattern[str]:
+    """What a value looks like, since the argument after it could be MODEL. Names are imported only where needed."""
+    if option == "--axes":
+        from depthkv.compress.space import AXES
+
+        return re.compile("|".join(AXES))
+    if option == "--suite":
+        from depthkv.evaluate.run import SUITES
+
+        return re.compile("|".join([*SUITES, "all"]))
+    return _JSON if option in ("--recipe", "--plan") else _NUMBER
 
 
 def _quiet_libraries() -> None:
