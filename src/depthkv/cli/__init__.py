@@ -43,8 +43,8 @@ _COMMANDS = {
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _JSON = re.compile(r".+\.json")
-_SEVERAL = ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep", "--recipe", "--plan")
-_SEVERAL += ("--axes", "--suite")
+_NUMBERS = ("--retention", "--length", "--prompt-tokens", "--batch-size", "--keep")
+_SEVERAL = (*_NUMBERS, "--recipe", "--plan", "--axes", "--suite")
 """Options that may be followed by several values where a command takes them more than once."""
 
 
@@ -155,7 +155,7 @@ def _looks_like(option: str) -> re.Pattern[str]:
         from depthkv.evaluate.run import SUITES
 
         return re.compile("|".join([*SUITES, "all"]))
-    return _JSON if option in ("--recipe", "--plan") else _NUMBER
+    return _NUMBER if option in _NUMBERS else _JSON
 
 
 def _quiet_libraries() -> None:
