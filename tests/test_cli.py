@@ -403,12 +403,49 @@ def test_adapt_goes_on_after_an_interruption(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert adapt(model, text, out, "--tokens", 32 * 40) == 130
     shown = capsys.readouterr().err
-    assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists()
+    assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists() and "going on" not in shown
     assert adapt(model, text, out, "--tokens", 32 * 40) == 0
     assert steps == 20
+    assert f"going on from step {stop} of {out}.unfinished" in capsys.readouterr().err.splitlines()
     for name in ("base/model.safetensors", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("save_every", "kept"), [((), None), (("--save-every", 1e-9), 11)], ids=["ten minutes", "every step"]
+)
+def test_a_kill_loses_what_came_after_the_last_checkpoint(
+    save_every: tuple[object, ...],
+    kept: int | None,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real, steps = torch.optim.AdamW.step, 0
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise Killed
+        return real(self, *arguments, **options)
+
+    more = ("--tokens", 32 * 40, "--blocks", 0, *save_every)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        adapt(model, text, tmp_path / "out", *more)
+    capsys.readouterr()
+    assert adapt(model, text, tmp_path / "out", *more) == 0
+    state = tmp_path / "out.unfinished"
+    expected = f"no checkpoint in {state} yet: from the beginning"
+    assert (f"going on from step {kept} of {state}" if kept else expected) in capsys.readouterr().err.splitlines()
+    assert not state.exists()
 
 
 # Bad input

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from depthkv.adapt.adapters import LoraSettings, add_adapter
+from depthkv.adapt.checkpoints import discard_state, newest_step
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.examples import Examples
 from depthkv.adapt.local import LocalConfig, fit_followers
@@ -33,6 +34,10 @@ __all__ = ["Stages", "StagesResult", "train_in_stages"]
 OBJECTIVES = ("lm", "distill", "attention")
 ADAPTER_LEARNING_RATE = 3e-3
 """Peak for LoRA, whose weights start at zero."""
+
+
+_FINETUNE, _ROUTED = _STAGES = ("finetune", "routed")
+"""Folders of the stages' checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,7 @@ def train_in_stages(
             early_stop=None,
             cache_recipe=None,  # the full cache is as exact as it was
         )
-        place = None if folder is None else folder / "finetune"
+        place = None if folder is None else folder / _FINETUNE
         given = {name: value for name, value in arguments.items() if name != "eval_blocks"}
         finetuned = adapt(model, examples, ordinary, sampler=FullCache(), resume_dir=place, **given)
         config = _share(config, 1 - stages.finetune)
@@ -143,11 +148,26 @@ def train_in_stages(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model = add_adapter(model, stages.lora)
-    place = None if folder is None else folder / "routed"
+    place = None if folder is None else folder / _ROUTED
     objective = _objective(stages, model)
     tell("Training with stochastic KV routing")
     routed = adapt(model, examples, config, sampler=sampler, objective=objective, resume_dir=place, **arguments)
     return StagesResult(model=model, routed=routed, finetuned=finetuned, local_errors=errors)
+
+
+def done_steps(resume_dir: Path) -> int | None:
+    """Steps of all stages that are in checkpoints of `resume_dir`; None if it holds none."""
+    found = [step for stage in _STAGES if (step := newest_step(resume_dir / stage)) is not None]
+    return sum(found) if found else None
+
+
+def discard_stages(resume_dir: Path) -> None:
+    """Delete the checkpoints in `resume_dir`, and the folders that are empty then."""
+    for stage in _STAGES:
+        discard_state(resume_dir / stage)
+    for folder in (*(resume_dir / stage for stage in _STAGES), resume_dir):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _objective(stages: Stages, model: nn.Module) -> Objective:

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from depthkv.adapt import AdaptConfig, discard_state
+from depthkv.adapt import AdaptConfig
 from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
-from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
+from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, discard_stages, train_in_stages
 from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
 from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
-from depthkv.cli.training import cache_losses, draw, qa_table, show_estimate, training_figures
+from depthkv.cli.training import announce, cache_losses, draw, qa_table, show_estimate, training_figures
 from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
@@ -134,6 +134,9 @@ def adapt_command(
     early_stop: Annotated[
         int | None, option("--early-stop", count, "N", "Stop after N measurements without a better one.")
     ] = None,
+    save_every: Annotated[
+        float, option("--save-every", positive, "MINUTES", "Time between checkpoints, which a kill loses at most.")
+    ] = _DEFAULT.save_every_minutes,
     report_to: Annotated[
         str | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, trackio, wandb or mlflow.")
     ] = None,
@@ -164,8 +167,8 @@ def adapt_command(
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
     DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After
-    Ctrl-C or a kill the same command goes on where it stopped. Under torchrun or accelerate launch, processes share
-    the batches.
+    Ctrl-C the same command goes on where it stopped, after a kill from the last checkpoint. Under torchrun or
+    accelerate launch, processes share the batches.
     """
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
@@ -193,6 +196,7 @@ def adapt_command(
         gradient_checkpointing=gradient_checkpointing,
         compile=compile_,
         independent_maps=independent_maps,
+        save_every_minutes=save_every,
         eval_every=eval_every,
         early_stop=early_stop,
         report_to=(report_to,) if report_to is not None else (),
@@ -231,6 +235,9 @@ def adapt_command(
     with naming("--sampler"):
         chosen_sampler = _sampler(sampler, chosen, adapt_config, equal_cache is not None)
     data = list(dict.fromkeys(data))
+    state = out.with_name(f"{out.name}.unfinished")
+    if inputs.is_main_process() and not dry_run:
+        announce(state)
     with waiting(f"loading {model}"):
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, adapt_config, blocks)
@@ -258,7 +265,6 @@ def adapt_command(
         with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
             return cache_losses(measured, adapt_config.cache_recipe, work.blocks, batch_size, advance)
 
-    state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
         before = curve("before", loaded) if inputs.is_main_process() else []
         streamed = [through_cache(loaded)] if inputs.is_main_process() else []
@@ -302,12 +308,7 @@ def adapt_command(
             {"label": name, "loss_before": streamed[0][name], "loss": streamed[1][name]} for name in names
         ]
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
-    for stage in ("finetune", "routed"):  # only now is everything safe that they could give back
-        discard_state(state / stage)
-        if (state / stage).is_dir() and not any((state / stage).iterdir()):
-            (state / stage).rmdir()
-    if state.is_dir() and not any(state.iterdir()):
-        state.rmdir()
+    discard_stages(state)  # only now is everything safe that it could give back
     shown = console()
     if after and work.questions:
         shown.print(qa_table(before, after))

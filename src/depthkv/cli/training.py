@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from depthkv.adapt import AdaptConfig
-from depthkv.adapt.stages import Stages, StagesResult, estimate
-from depthkv.cli.output import console, write_json
+from depthkv.adapt.stages import Stages, StagesResult, done_steps, estimate
+from depthkv.cli.output import console, show, write_json
 from depthkv.compress.measure import streamed_losses
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.evaluate import CurveRow
@@ -17,6 +17,15 @@ from depthkv.evaluate.qa import QAScores
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
+
+
+def announce(state: Path) -> None:
+    """Say what an earlier run left in `state`."""
+    steps = done_steps(state)
+    if steps is not None:
+        show(f"going on from step {steps:,} of {state}")
+    elif state.is_dir():
+        show(f"no checkpoint in {state} yet: from the beginning")
 
 
 def cache_losses(
