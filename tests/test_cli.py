@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, T5Config
 
 import depthkv.cli
+import depthkv.cli.train
 from depthkv import SharingPlan, load, share
 from depthkv.cli import main
 from depthkv.evaluate import perplexity
@@ -286,6 +289,26 @@ def test_adapt_trains_the_model_and_an_adapter_for_sharing(model: Path, text: Pa
     assert adapt(model, text, out, "--tokens", 64) == 0  # replaced
 
 
+def test_the_last_line_tells_training_from_all_that_the_command_took(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+
+    def slow_save(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now = 120.0
+        return real(*arguments, **options)
+
+    real, clock = depthkv.cli.train.save, time.perf_counter
+    monkeypatch.setattr(depthkv.cli.train, "save", slow_save)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
+    assert adapt(model, text, tmp_path / "out", "--tokens", 64, "--trainable", "layers", "--json", tmp_path / "j") == 0
+    training = figures(tmp_path / "j")["seconds"]
+    found = re.search(r"([\d.]+) minutes of training, ([\d.]+) in all; ", capsys.readouterr().out)
+    assert found is not None and training < 60
+    assert float(found[1]) == pytest.approx(training / 60, abs=0.06) and 2 <= float(found[2]) < 4
+
+
 def test_adapter_alone_refers_to_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ("--tokens", 32 * 8, "--finetune", 0, "--trainable", "dora", "--rank", 2, "--objective", "distill")
@@ -406,7 +429,9 @@ def test_adapt_goes_on_after_an_interruption(
     assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists() and "going on" not in shown
     assert adapt(model, text, out, "--tokens", 32 * 40) == 0
     assert steps == 20
-    assert f"going on from step {stop} of {out}.unfinished" in capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    assert f"going on from step {stop} of {out}.unfinished" in shown.err.splitlines()
+    assert "minutes of training, " in shown.out and " in this call; " in shown.out
     for name in ("base/model.safetensors", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "out.unfinished").exists()

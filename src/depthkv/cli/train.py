@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, disc
 from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
-from depthkv.cli.training import announce, cache_losses, draw, qa_table, show_estimate, training_figures
+from depthkv.cli.output import progress_bar, show, waiting, write_json
+from depthkv.cli.training import announce, cache_losses, draw, show_estimate, show_result, training_figures
 from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
@@ -59,7 +60,13 @@ def adapt_command(
     ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
-        float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
+        float | None,
+        option(
+            "--minutes",
+            positive,
+            "M",
+            f"Of training alone, without loading, measuring and saving.  [default: {_DEFAULT.max_minutes:g}]",
+        ),
     ] = None,
     tokens: Annotated[int | None, option("--tokens", count, "N", "Training tokens, instead of --minutes.")] = None,
     trainable: Annotated[
@@ -170,6 +177,7 @@ def adapt_command(
     Ctrl-C the same command goes on where it stopped, after a kill from the last checkpoint. Under torchrun or
     accelerate launch, processes share the batches.
     """
+    started = time.perf_counter()
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
     if minutes is not None and tokens is not None:
@@ -309,23 +317,7 @@ def adapt_command(
         ]
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
     discard_stages(state)  # only now is everything safe that it could give back
-    shown = console()
-    if after and work.questions:
-        shown.print(qa_table(before, after))
-    elif after:
-        shown.print(curve_table(after, len(kinds), before))
-    if streamed[0]:
-        shown.print(
-            table(
-                ["second halves of blocks, through the cache", "loss before", "loss"],
-                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
-            )
-        )
-    shown.print(
-        f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
-        f"checkpoint, plan.json and pictures are in {out}",
-        markup=False,
-    )
+    show_result(out, result, before, after, streamed, len(kinds), time.perf_counter() - started)
 
 
 def _sampler(text: str, plan: SharingPlan, adapt_config: AdaptConfig, is_ordinary: bool) -> Sampler | None:

@@ -9,7 +9,7 @@ import torch
 
 from depthkv.adapt import AdaptConfig
 from depthkv.adapt.stages import Stages, StagesResult, done_steps, estimate
-from depthkv.cli.output import console, show, write_json
+from depthkv.cli.output import console, curve_table, show, table, write_json
 from depthkv.compress.measure import streamed_losses
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.evaluate import CurveRow
@@ -105,7 +105,40 @@ def training_figures(
     }
 
 
-def qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
+def show_result(
+    out: Path,
+    result: StagesResult,
+    before: list[Any],
+    after: list[Any],
+    streamed: list[dict[str, float]],
+    num_layers: int,
+    seconds: float,
+) -> None:
+    """Tables and the last line; `streamed` is before and after, and `seconds` what the command took in all."""
+    shown = console()
+    if after and isinstance(after[0], CurveRow):
+        shown.print(curve_table(after, num_layers, before))
+    elif after:
+        shown.print(_qa_table(before, after))
+    if streamed[0]:
+        shown.print(
+            table(
+                ["second halves of blocks, through the cache", "loss before", "loss"],
+                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
+            )
+        )
+    stages = [result.routed] if result.finetuned is None else [result.finetuned, result.routed]
+    # a run that was taken up again has trained in earlier calls, too
+    whole = "in this call" if any(stage.first_step for stage in stages) else "in all"
+    shown.print(
+        f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens; "
+        f"{result.seconds / 60:.1f} minutes of training, {seconds / 60:.1f} {whole}; "
+        f"checkpoint, plan.json and pictures are in {out}",
+        markup=False,
+    )
+
+
+def _qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
