@@ -365,8 +365,26 @@ def test_dry_run_estimates_and_writes_nothing(
         assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * most
         assert (found["num_finetuned"] > 0) == (trainable == "lora")
         assert found["total_bytes"] > found["weight_bytes"] > 4 * found["num_trained"] - 1
-    assert "20 steps in about" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert "20 steps, 1,280 tokens: 14 of fine-tuning, 6 with routing" in lines and "20 steps, 1,280 tokens" in lines
+    assert shown.err.count("1,280 tokens are few: some million are a start (docs/faq.md") == 2
+    assert "minutes of training" in shown.out
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
+
+
+def test_dry_run_divides_minutes_by_the_time_of_a_step(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert adapt(model, text, tmp_path / "out", "--minutes", 600, "--dry-run", "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")
+    steps = [found[f"num_{stage}_steps"] for stage in ("finetune", "routed")]
+    expected = [share * 600 * 60 / found["seconds_per_step"] for share in (0.7, 0.3)]
+    assert steps == pytest.approx(expected, abs=1.1) and found["num_steps"] == sum(steps)
+    shown = capsys.readouterr()
+    parts = f"{steps[0]:,} of fine-tuning, {steps[1]:,} with routing"
+    assert f"about {sum(steps):,} steps, {64 * sum(steps):,} tokens: {parts}\n" in shown.out
+    assert "about 600.0 minutes of training" in shown.out and "are few" not in shown.err
 
 
 def test_pre_training_and_the_shallower_model(model: Path, text: Path, tmp_path: Path) -> None:

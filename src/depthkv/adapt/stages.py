@@ -5,6 +5,7 @@ With an adapter, what is fine-tuned first stays the full-cache model to the bit,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -204,8 +205,13 @@ class Estimate:
     activation_bytes: int | None
     """Peak of a forward and backward above the weights; measured on GPUs only."""
     seconds_per_step: float
-    num_steps: int | None
-    """None where the clock ends the run."""
+    num_finetune_steps: int
+    """Of a budget in minutes, as many as it should allow; so are the routed stage's."""
+    num_routed_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_finetune_steps + self.num_routed_steps
 
     @property
     def total_bytes(self) -> int:
@@ -256,7 +262,9 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
             adapted.unload()
     count = sum(p.numel() for p in trained.values())
     most = max(count, num_finetuned)
-    steps = None if config.max_tokens is None else config.num_steps(1)
+    seconds *= config.accumulate_steps
+    routed = _share(config, 1 - stages.finetune)
+    finetune_steps = _steps_within(_share(config, stages.finetune), seconds) if stages.finetune else 0
     return Estimate(
         num_trained=count,
         num_finetuned=num_finetuned,
@@ -264,6 +272,14 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
         gradient_bytes=4 * most,
         optimizer_bytes=8 * most,
         activation_bytes=None if peak is None else max(0, peak - 4 * count),
-        seconds_per_step=seconds * config.accumulate_steps,
-        num_steps=steps,
+        seconds_per_step=seconds,
+        num_finetune_steps=finetune_steps,
+        num_routed_steps=_steps_within(routed, seconds),
     )
+
+
+def _steps_within(config: AdaptConfig, seconds_per_step: float) -> int:
+    """Optimizer steps of the budget of one stage."""
+    if config.max_minutes is None:
+        return config.num_steps(1)
+    return math.ceil(60 * config.max_minutes / seconds_per_step)  # the step that the clock ends in is finished

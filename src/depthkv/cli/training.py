@@ -18,6 +18,8 @@ from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
 
+_FEW_TOKENS = 300_000
+
 
 def announce(state: Path) -> None:
     """Say what an earlier run left in `state`."""
@@ -65,10 +67,14 @@ def show_estimate(
         shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
     shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
     shown.print(f"one step     {found.seconds_per_step:.2f} s, {adapt_config.tokens_per_step:,} tokens")
-    if found.num_steps is not None:
-        minutes = found.num_steps * found.seconds_per_step / 60
-        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
-    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
+    tokens = found.num_steps * adapt_config.tokens_per_step
+    about = "" if adapt_config.max_minutes is None else "about "
+    parts = f": {found.num_finetune_steps:,} of fine-tuning, {found.num_routed_steps:,} with routing"
+    shown.print(f"{about}{found.num_steps:,} steps, {tokens:,} tokens{parts if stages.finetune else ''}")
+    shown.print(f"about {found.num_steps * found.seconds_per_step / 60:.1f} minutes of training")
+    if tokens < _FEW_TOKENS:
+        show(f"depthkv: {tokens:,} tokens are few: some million are a start (docs/faq.md, Do I have to train?)")
+    write_json(json_file, {**vars(found), "num_steps": found.num_steps, "total_bytes": found.total_bytes})
 
 
 def draw(
