@@ -449,6 +449,8 @@ def test_adapt_goes_on_after_an_interruption(
     assert steps == 20
     shown = capsys.readouterr()
     assert f"going on from step {stop} of {out}.unfinished" in shown.err.splitlines()
+    for what in ("measuring before training", "measuring after training"):
+        assert what in shown.err.splitlines()
     assert "minutes of training, " in shown.out and " in this call; " in shown.out
     for name in ("base/model.safetensors", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()

@@ -19,7 +19,8 @@ from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, disc
 from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import progress_bar, show, waiting, write_json
+from depthkv.cli.output import show, waiting, write_json
+from depthkv.cli.plan import bar
 from depthkv.cli.training import announce, cache_losses, draw, show_estimate, show_result, training_figures
 from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
@@ -261,20 +262,20 @@ def adapt_command(
         if adapt_config.uses_bf16(place):
             cast = torch.autocast(place.type, torch.bfloat16)
         if work.questions:
-            with cast, progress_bar(what, len(plans) * len(work.questions)) as advance:
+            with cast, bar(what, len(plans) * len(work.questions)) as advance:
                 return evaluate_qa(measured, tokenizer, work.questions, plans, progress=advance)
         assert work.blocks is not None
-        with cast, progress_bar(what, len(plans) * len(work.blocks)) as advance:
+        with cast, bar(what, len(plans) * len(work.blocks)) as advance:
             return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
     def through_cache(measured: Any) -> dict[str, float]:
         if adapt_config.cache_recipe is None or work.blocks is None:
             return {}
-        with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
+        with bar("measuring through the cache", 3 * len(work.blocks)) as advance:
             return cache_losses(measured, adapt_config.cache_recipe, work.blocks, batch_size, advance)
 
     with naming(model):
-        before = curve("before", loaded) if inputs.is_main_process() else []
+        before = curve("measuring before training", loaded) if inputs.is_main_process() else []
         streamed = [through_cache(loaded)] if inputs.is_main_process() else []
         try:
             result = train_in_stages(
@@ -294,7 +295,7 @@ def adapt_command(
             raise typer.Exit(130) from None
         if not inputs.is_main_process():
             return
-        after = curve("after", result.model)
+        after = curve("measuring after training", result.model)
         streamed.append(through_cache(result.model))
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
