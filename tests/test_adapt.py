@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +296,31 @@ def test_schedule() -> None:
     linear = make_config(learning_rate=1.0, decay="linear", warmup_fraction=0.0, final_lr_fraction=0.2)
     assert [linear.learning_rate_at(x) for x in (0.25, 0.75, 1.0)] == pytest.approx([0.8, 0.4, 0.2])
     assert make_config(learning_rate=1.0, warmup_fraction=0.0).learning_rate_at(0.0) == 1.0
+
+
+# What is shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(1, [8]), (20, [3, 5, 7, 8]), (45, [2, 3, 4, 5, 6, 7, 8])], ids=["1 s", "20 s", "45 s"]
+)
+def test_a_log_file_gets_a_line_every_half_minute(
+    seconds: float, shown: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+
+    def pass_time(info: StepInfo) -> None:  # after the step was shown
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("depthkv.adapt.terminal.time", SimpleNamespace(monotonic=lambda: now))
+    result = adapt(make_model(), make_blocks(), make_config(), on_step=pass_time)
+    lines = capsys.readouterr().err.splitlines()
+    pattern = r"training  step (\d)  (\d+) tokens  loss (\S+)  [\d,]+ tok/s  \d+:\d\d left"
+    found = [match for line in lines if (match := re.fullmatch(pattern, line)) is not None]
+    assert len(found) == len(lines) and [int(match[1]) for match in found] == shown
+    assert all(int(match[2]) == 64 * int(match[1]) for match in found) and lines[-1].endswith(" 0:00 left")
+    assert float(found[-1][3]) == pytest.approx(sum(result.losses) / 8, abs=1e-3)  # of the last ten
 
 
 # Resuming

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from transformers import LlamaConfig, MistralConfig, T5Config
 
 import depthkv.cli
+import depthkv.cli.train
 from depthkv import SharingPlan, load, share
 from depthkv.cli import main
 from depthkv.evaluate import perplexity
@@ -286,6 +289,26 @@ def test_adapt_trains_the_model_and_an_adapter_for_sharing(model: Path, text: Pa
     assert adapt(model, text, out, "--tokens", 64) == 0  # replaced
 
 
+def test_the_last_line_tells_training_from_all_that_the_command_took(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+
+    def slow_save(*arguments: Any, **options: Any) -> Any:
+        nonlocal now
+        now = 120.0
+        return real(*arguments, **options)
+
+    real, clock = depthkv.cli.train.save, time.perf_counter
+    monkeypatch.setattr(depthkv.cli.train, "save", slow_save)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
+    assert adapt(model, text, tmp_path / "out", "--tokens", 64, "--trainable", "layers", "--json", tmp_path / "j") == 0
+    training = figures(tmp_path / "j")["seconds"]
+    found = re.search(r"([\d.]+) minutes of training, ([\d.]+) in all; ", capsys.readouterr().out)
+    assert found is not None and training < 60
+    assert float(found[1]) == pytest.approx(training / 60, abs=0.06) and 2 <= float(found[2]) < 4
+
+
 def test_adapter_alone_refers_to_the_model(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ("--tokens", 32 * 8, "--finetune", 0, "--trainable", "dora", "--rank", 2, "--objective", "distill")
@@ -342,8 +365,26 @@ def test_dry_run_estimates_and_writes_nothing(
         assert found["num_steps"] == 20 and found["optimizer_bytes"] == 8 * most
         assert (found["num_finetuned"] > 0) == (trainable == "lora")
         assert found["total_bytes"] > found["weight_bytes"] > 4 * found["num_trained"] - 1
-    assert "20 steps in about" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert "20 steps, 1,280 tokens: 14 of fine-tuning, 6 with routing" in lines and "20 steps, 1,280 tokens" in lines
+    assert shown.err.count("1,280 tokens are few: some million are a start (docs/faq.md") == 2
+    assert "minutes of training" in shown.out
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
+
+
+def test_dry_run_divides_minutes_by_the_time_of_a_step(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert adapt(model, text, tmp_path / "out", "--minutes", 600, "--dry-run", "--json", tmp_path / "o.json") == 0
+    found = figures(tmp_path / "o.json")
+    steps = [found[f"num_{stage}_steps"] for stage in ("finetune", "routed")]
+    expected = [share * 600 * 60 / found["seconds_per_step"] for share in (0.7, 0.3)]
+    assert steps == pytest.approx(expected, abs=1.1) and found["num_steps"] == sum(steps)
+    shown = capsys.readouterr()
+    parts = f"{steps[0]:,} of fine-tuning, {steps[1]:,} with routing"
+    assert f"about {sum(steps):,} steps, {64 * sum(steps):,} tokens: {parts}\n" in shown.out
+    assert "about 600.0 minutes of training" in shown.out and "are few" not in shown.err
 
 
 def test_pre_training_and_the_shallower_model(model: Path, text: Path, tmp_path: Path) -> None:
@@ -403,12 +444,53 @@ def test_adapt_goes_on_after_an_interruption(
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     assert adapt(model, text, out, "--tokens", 32 * 40) == 130
     shown = capsys.readouterr().err
-    assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists()
+    assert "out.unfinished" in shown and "Traceback" not in shown and not out.exists() and "going on" not in shown
     assert adapt(model, text, out, "--tokens", 32 * 40) == 0
     assert steps == 20
+    shown = capsys.readouterr()
+    assert f"going on from step {stop} of {out}.unfinished" in shown.err.splitlines()
+    for what in ("measuring before training", "measuring after training"):
+        assert what in shown.err.splitlines()
+    assert "minutes of training, " in shown.out and " in this call; " in shown.out
     for name in ("base/model.safetensors", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("save_every", "kept"), [((), None), (("--save-every", 1e-9), 11)], ids=["ten minutes", "every step"]
+)
+def test_a_kill_loses_what_came_after_the_last_checkpoint(
+    save_every: tuple[object, ...],
+    kept: int | None,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    real, steps = torch.optim.AdamW.step, 0
+
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 12:
+            raise Killed
+        return real(self, *arguments, **options)
+
+    more = ("--tokens", 32 * 40, "--blocks", 0, *save_every)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(torch.optim.AdamW, "step", step)
+        adapt(model, text, tmp_path / "out", *more)
+    capsys.readouterr()
+    assert adapt(model, text, tmp_path / "out", *more) == 0
+    state = tmp_path / "out.unfinished"
+    expected = f"no checkpoint in {state} yet: from the beginning"
+    assert (f"going on from step {kept} of {state}" if kept else expected) in capsys.readouterr().err.splitlines()
+    assert not state.exists()
 
 
 # Bad input

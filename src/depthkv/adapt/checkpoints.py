@@ -29,6 +29,12 @@ def has_state(directory: str | os.PathLike[str]) -> bool:
     return bool(_checkpoints(Path(directory)))
 
 
+def newest_step(directory: str | os.PathLike[str]) -> int | None:
+    """The step of the newest checkpoint, whole or not; None if there is none."""
+    found = _checkpoints(Path(directory))
+    return _step(found[-1]) if found else None
+
+
 def discard_state(directory: str | os.PathLike[str]) -> None:
     """Delete the checkpoints in `directory`, and nothing else there."""
     folder = Path(directory)
@@ -92,7 +98,11 @@ def check_settings(path: Path, found: object, expected: dict[str, Any]) -> None:
 
 def _checkpoints(directory: Path) -> list[Path]:
     paths = [p for p in directory.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(paths, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:

@@ -86,7 +86,7 @@ def adapt(
             there is one. Delete them with `discard_state` when the trained model is safe.
         eval_blocks: held-out blocks that `config.eval_every` measures.
         collate: makes a batch of a list of examples.
-        progress: a progress bar on stderr.
+        progress: a progress bar on stderr, or a line every 30 seconds where that is no terminal.
         warn: is told of damaged checkpoints that are passed over.
 
     Raises:

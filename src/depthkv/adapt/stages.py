@@ -5,6 +5,7 @@ With an adapter, what is fine-tuned first stays the full-cache model to the bit,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from depthkv.adapt.adapters import LoraSettings, add_adapter
+from depthkv.adapt.checkpoints import discard_state, newest_step
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.examples import Examples
 from depthkv.adapt.local import LocalConfig, fit_followers
@@ -33,6 +35,10 @@ __all__ = ["Stages", "StagesResult", "train_in_stages"]
 OBJECTIVES = ("lm", "distill", "attention")
 ADAPTER_LEARNING_RATE = 3e-3
 """Peak for LoRA, whose weights start at zero."""
+
+
+_FINETUNE, _ROUTED = _STAGES = ("finetune", "routed")
+"""Folders of the stages' checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +134,7 @@ def train_in_stages(
             early_stop=None,
             cache_recipe=None,  # the full cache is as exact as it was
         )
-        place = None if folder is None else folder / "finetune"
+        place = None if folder is None else folder / _FINETUNE
         given = {name: value for name, value in arguments.items() if name != "eval_blocks"}
         finetuned = adapt(model, examples, ordinary, sampler=FullCache(), resume_dir=place, **given)
         config = _share(config, 1 - stages.finetune)
@@ -143,11 +149,26 @@ def train_in_stages(
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             model = add_adapter(model, stages.lora)
-    place = None if folder is None else folder / "routed"
+    place = None if folder is None else folder / _ROUTED
     objective = _objective(stages, model)
     tell("Training with stochastic KV routing")
     routed = adapt(model, examples, config, sampler=sampler, objective=objective, resume_dir=place, **arguments)
     return StagesResult(model=model, routed=routed, finetuned=finetuned, local_errors=errors)
+
+
+def done_steps(resume_dir: Path) -> int | None:
+    """Steps of all stages that are in checkpoints of `resume_dir`; None if it holds none."""
+    found = [step for stage in _STAGES if (step := newest_step(resume_dir / stage)) is not None]
+    return sum(found) if found else None
+
+
+def discard_stages(resume_dir: Path) -> None:
+    """Delete the checkpoints in `resume_dir`, and the folders that are empty then."""
+    for stage in _STAGES:
+        discard_state(resume_dir / stage)
+    for folder in (*(resume_dir / stage for stage in _STAGES), resume_dir):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _objective(stages: Stages, model: nn.Module) -> Objective:
@@ -184,8 +205,13 @@ class Estimate:
     activation_bytes: int | None
     """Peak of a forward and backward above the weights; measured on GPUs only."""
     seconds_per_step: float
-    num_steps: int | None
-    """None where the clock ends the run."""
+    num_finetune_steps: int
+    """Of a budget in minutes, as many as it should allow; so are the routed stage's."""
+    num_routed_steps: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_finetune_steps + self.num_routed_steps
 
     @property
     def total_bytes(self) -> int:
@@ -236,7 +262,9 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
             adapted.unload()
     count = sum(p.numel() for p in trained.values())
     most = max(count, num_finetuned)
-    steps = None if config.max_tokens is None else config.num_steps(1)
+    seconds *= config.accumulate_steps
+    routed = _share(config, 1 - stages.finetune)
+    finetune_steps = _steps_within(_share(config, stages.finetune), seconds) if stages.finetune else 0
     return Estimate(
         num_trained=count,
         num_finetuned=num_finetuned,
@@ -244,6 +272,14 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
         gradient_bytes=4 * most,
         optimizer_bytes=8 * most,
         activation_bytes=None if peak is None else max(0, peak - 4 * count),
-        seconds_per_step=seconds * config.accumulate_steps,
-        num_steps=steps,
+        seconds_per_step=seconds,
+        num_finetune_steps=finetune_steps,
+        num_routed_steps=_steps_within(routed, seconds),
     )
+
+
+def _steps_within(config: AdaptConfig, seconds_per_step: float) -> int:
+    """Optimizer steps of the budget of one stage."""
+    if config.max_minutes is None:
+        return config.num_steps(1)
+    return math.ceil(60 * config.max_minutes / seconds_per_step)  # the step that the clock ends in is finished

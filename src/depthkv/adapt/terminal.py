@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+_SECONDS_BETWEEN_LINES = 30.0
+"""In a log file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +57,47 @@ def deferred_interrupt(*, enabled: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def training_bar(start: StepInfo, *, enabled: bool) -> Iterator[Callable[[StepInfo], None]]:
-    """A function that shows a step in a progress bar on stderr. `start` is where the run stands now."""
+    """A function that shows a step on stderr: in a progress bar, or where that is no terminal in a line now and then.
+
+    `start` is where the run stands now.
+    """
     if not enabled:
         yield lambda info: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-    state_column = TextColumn("{task.fields[state]}")
     recent: deque[float] = deque(maxlen=10)
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
+
+    def state(info: StepInfo) -> str:
+        elapsed = max(1e-9, info.seconds - start.seconds)
+        left = elapsed * (1 - info.progress) / max(1e-9, info.progress - start.progress)
+        speed = (info.tokens - start.tokens) / elapsed
+        return (
+            f"{info.tokens:,} tokens  loss {sum(recent) / len(recent):.3f}  {speed:,.0f} tok/s  "
+            f"{int(left // 60)}:{int(left % 60):02d} left"
+        )
+
+    if not (console.is_terminal or console.is_jupyter):
+        last_line = time.monotonic()
+
+        def show_line(info: StepInfo) -> None:
+            nonlocal last_line
+            recent.append(info.loss)
+            if info.progress >= 1 or time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+                last_line = time.monotonic()
+                console.print(f"training  step {info.step:,}  {state(info)}", markup=False, soft_wrap=True)
+
+        yield show_line
+        return
     # in thousandths: rich's type stubs want whole numbers
-    with Progress(TextColumn("training"), BarColumn(24), TaskProgressColumn(), state_column, console=console) as bar:
+    columns = (TextColumn("training"), BarColumn(24), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=1000, completed=int(1000 * start.progress), state="starting")
 
         def show(info: StepInfo) -> None:
             recent.append(info.loss)
-            elapsed = max(1e-9, info.seconds - start.seconds)
-            left = elapsed * (1 - info.progress) / max(1e-9, info.progress - start.progress)
-            speed = (info.tokens - start.tokens) / elapsed
-            state = (
-                f"{info.tokens:,} tokens  loss {sum(recent) / len(recent):.3f}  {speed:,.0f} tok/s  "
-                f"{int(left // 60)}:{int(left % 60):02d} left"
-            )
-            bar.update(task, completed=int(1000 * info.progress), state=state)
+            bar.update(task, completed=int(1000 * info.progress), state=state(info))
 
         yield show

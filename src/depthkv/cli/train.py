@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from depthkv.adapt import AdaptConfig, discard_state
+from depthkv.adapt import AdaptConfig
 from depthkv.adapt.adapters import LoraSettings, save_adapter
 from depthkv.adapt.config import PRECISIONS, TRAINABLE
 from depthkv.adapt.pretrain import equal_cache_layers, from_config, train_tokenizer
-from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, train_in_stages
+from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, discard_stages, train_in_stages
 from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import console, curve_table, progress_bar, show, table, waiting, write_json
-from depthkv.cli.training import cache_losses, draw, qa_table, show_estimate, training_figures
+from depthkv.cli.output import show, waiting, write_json
+from depthkv.cli.plan import bar
+from depthkv.cli.training import announce, cache_losses, draw, show_estimate, show_result, training_figures
 from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
 from depthkv.errors import CheckpointError, DataError, DepthKVError
@@ -59,7 +61,13 @@ def adapt_command(
     ] = None,
     retention: inputs.Retention = None,
     minutes: Annotated[
-        float | None, option("--minutes", positive, "M", f"Training time.  [default: {_DEFAULT.max_minutes:g}]")
+        float | None,
+        option(
+            "--minutes",
+            positive,
+            "M",
+            f"Of training alone, without loading, measuring and saving.  [default: {_DEFAULT.max_minutes:g}]",
+        ),
     ] = None,
     tokens: Annotated[int | None, option("--tokens", count, "N", "Training tokens, instead of --minutes.")] = None,
     trainable: Annotated[
@@ -134,6 +142,9 @@ def adapt_command(
     early_stop: Annotated[
         int | None, option("--early-stop", count, "N", "Stop after N measurements without a better one.")
     ] = None,
+    save_every: Annotated[
+        float, option("--save-every", positive, "MINUTES", "Time between checkpoints, which a kill loses at most.")
+    ] = _DEFAULT.save_every_minutes,
     report_to: Annotated[
         str | None, typer.Option("--report-to", metavar="NAME", help="tensorboard, trackio, wandb or mlflow.")
     ] = None,
@@ -164,9 +175,10 @@ def adapt_command(
     """Train a model with stochastic KV routing, so that it can keep the cache of fewer layers.
 
     DIR gets the checkpoint with a plan (--plan, that of --recipe, or --retention, 0.5 by default) and pictures. After
-    Ctrl-C or a kill the same command goes on where it stopped. Under torchrun or accelerate launch, processes share
-    the batches.
+    Ctrl-C the same command goes on where it stopped, after a kill from the last checkpoint. Under torchrun or
+    accelerate launch, processes share the batches.
     """
+    started = time.perf_counter()
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
     if minutes is not None and tokens is not None:
@@ -193,6 +205,7 @@ def adapt_command(
         gradient_checkpointing=gradient_checkpointing,
         compile=compile_,
         independent_maps=independent_maps,
+        save_every_minutes=save_every,
         eval_every=eval_every,
         early_stop=early_stop,
         report_to=(report_to,) if report_to is not None else (),
@@ -231,6 +244,9 @@ def adapt_command(
     with naming("--sampler"):
         chosen_sampler = _sampler(sampler, chosen, adapt_config, equal_cache is not None)
     data = list(dict.fromkeys(data))
+    state = out.with_name(f"{out.name}.unfinished")
+    if inputs.is_main_process() and not dry_run:
+        announce(state)
     with waiting(f"loading {model}"):
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, adapt_config, blocks)
@@ -246,21 +262,20 @@ def adapt_command(
         if adapt_config.uses_bf16(place):
             cast = torch.autocast(place.type, torch.bfloat16)
         if work.questions:
-            with cast, progress_bar(what, len(plans) * len(work.questions)) as advance:
+            with cast, bar(what, len(plans) * len(work.questions)) as advance:
                 return evaluate_qa(measured, tokenizer, work.questions, plans, progress=advance)
         assert work.blocks is not None
-        with cast, progress_bar(what, len(plans) * len(work.blocks)) as advance:
+        with cast, bar(what, len(plans) * len(work.blocks)) as advance:
             return retention_curve(measured, work.blocks, plans, batch_size=batch_size, progress=advance)
 
     def through_cache(measured: Any) -> dict[str, float]:
         if adapt_config.cache_recipe is None or work.blocks is None:
             return {}
-        with progress_bar("through the cache", 3 * len(work.blocks)) as advance:
+        with bar("measuring through the cache", 3 * len(work.blocks)) as advance:
             return cache_losses(measured, adapt_config.cache_recipe, work.blocks, batch_size, advance)
 
-    state = out.with_name(f"{out.name}.unfinished")
     with naming(model):
-        before = curve("before", loaded) if inputs.is_main_process() else []
+        before = curve("measuring before training", loaded) if inputs.is_main_process() else []
         streamed = [through_cache(loaded)] if inputs.is_main_process() else []
         try:
             result = train_in_stages(
@@ -280,7 +295,7 @@ def adapt_command(
             raise typer.Exit(130) from None
         if not inputs.is_main_process():
             return
-        after = curve("after", result.model)
+        after = curve("measuring after training", result.model)
         streamed.append(through_cache(result.model))
     provenance = {"made_by": "depthkv adapt", "base_model": model, "data": " ".join(data), "tokens": result.tokens}
     provenance["sampler"] = sampler
@@ -302,29 +317,8 @@ def adapt_command(
             {"label": name, "loss_before": streamed[0][name], "loss": streamed[1][name]} for name in names
         ]
     write_json(json_file, {"model": model, "data": data, "out": str(out), "leaders": list(chosen.leaders), **figures})
-    for stage in ("finetune", "routed"):  # only now is everything safe that they could give back
-        discard_state(state / stage)
-        if (state / stage).is_dir() and not any((state / stage).iterdir()):
-            (state / stage).rmdir()
-    if state.is_dir() and not any(state.iterdir()):
-        state.rmdir()
-    shown = console()
-    if after and work.questions:
-        shown.print(qa_table(before, after))
-    elif after:
-        shown.print(curve_table(after, len(kinds), before))
-    if streamed[0]:
-        shown.print(
-            table(
-                ["second halves of blocks, through the cache", "loss before", "loss"],
-                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
-            )
-        )
-    shown.print(
-        f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens, {result.seconds / 60:.1f} minutes; "
-        f"checkpoint, plan.json and pictures are in {out}",
-        markup=False,
-    )
+    discard_stages(state)  # only now is everything safe that it could give back
+    show_result(out, result, before, after, streamed, len(kinds), time.perf_counter() - started)
 
 
 def _sampler(text: str, plan: SharingPlan, adapt_config: AdaptConfig, is_ordinary: bool) -> Sampler | None:

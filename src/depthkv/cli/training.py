@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from depthkv.adapt import AdaptConfig
-from depthkv.adapt.stages import Stages, StagesResult, estimate
-from depthkv.cli.output import console, write_json
+from depthkv.adapt.stages import Stages, StagesResult, done_steps, estimate
+from depthkv.cli.output import console, curve_table, show, table, write_json
 from depthkv.compress.measure import streamed_losses
 from depthkv.compress.recipe import CacheRecipe
 from depthkv.evaluate import CurveRow
@@ -17,6 +17,17 @@ from depthkv.evaluate.qa import QAScores
 from depthkv.memory import format_bytes
 from depthkv.plan import SharingPlan
 from depthkv.report import plot_loss, plot_plan, plot_retention
+
+_FEW_TOKENS = 300_000
+
+
+def announce(state: Path) -> None:
+    """Say what an earlier run left in `state`."""
+    steps = done_steps(state)
+    if steps is not None:
+        show(f"going on from step {steps:,} of {state}")
+    elif state.is_dir():
+        show(f"no checkpoint in {state} yet: from the beginning")
 
 
 def cache_losses(
@@ -56,10 +67,14 @@ def show_estimate(
         shown.print(f"{name:12} {format_bytes(size) if size is not None else 'not measured on a CPU'}")
     shown.print(f"{'together':12} {format_bytes(found.total_bytes)}")
     shown.print(f"one step     {found.seconds_per_step:.2f} s, {adapt_config.tokens_per_step:,} tokens")
-    if found.num_steps is not None:
-        minutes = found.num_steps * found.seconds_per_step / 60
-        shown.print(f"{found.num_steps:,} steps in about {minutes:.1f} minutes")
-    write_json(json_file, {**vars(found), "total_bytes": found.total_bytes})
+    tokens = found.num_steps * adapt_config.tokens_per_step
+    about = "" if adapt_config.max_minutes is None else "about "
+    parts = f": {found.num_finetune_steps:,} of fine-tuning, {found.num_routed_steps:,} with routing"
+    shown.print(f"{about}{found.num_steps:,} steps, {tokens:,} tokens{parts if stages.finetune else ''}")
+    shown.print(f"about {found.num_steps * found.seconds_per_step / 60:.1f} minutes of training")
+    if tokens < _FEW_TOKENS:
+        show(f"depthkv: {tokens:,} tokens are few: some million are a start (docs/faq.md, Do I have to train?)")
+    write_json(json_file, {**vars(found), "num_steps": found.num_steps, "total_bytes": found.total_bytes})
 
 
 def draw(
@@ -96,7 +111,40 @@ def training_figures(
     }
 
 
-def qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
+def show_result(
+    out: Path,
+    result: StagesResult,
+    before: list[Any],
+    after: list[Any],
+    streamed: list[dict[str, float]],
+    num_layers: int,
+    seconds: float,
+) -> None:
+    """Tables and the last line; `streamed` is before and after, and `seconds` what the command took in all."""
+    shown = console()
+    if after and isinstance(after[0], CurveRow):
+        shown.print(curve_table(after, num_layers, before))
+    elif after:
+        shown.print(_qa_table(before, after))
+    if streamed[0]:
+        shown.print(
+            table(
+                ["second halves of blocks, through the cache", "loss before", "loss"],
+                [[name, f"{value:.3f}", f"{streamed[1][name]:.3f}"] for name, value in streamed[0].items()],
+            )
+        )
+    stages = [result.routed] if result.finetuned is None else [result.finetuned, result.routed]
+    # a run that was taken up again has trained in earlier calls, too
+    whole = "in this call" if any(stage.first_step for stage in stages) else "in all"
+    shown.print(
+        f"{result.routed.steps:,} routed steps, {result.tokens:,} tokens; "
+        f"{result.seconds / 60:.1f} minutes of training, {seconds / 60:.1f} {whole}; "
+        f"checkpoint, plan.json and pictures are in {out}",
+        markup=False,
+    )
+
+
+def _qa_table(before: list[QAScores], after: list[QAScores]) -> Any:
     from rich.table import Table
 
     table = Table(title=f"{after[0].num_questions} held-out questions: before and after, per cent")
