@@ -97,8 +97,9 @@ def arm(args: argparse.Namespace) -> None:
         "seed": args.seed,
         **method.recipe,
     }
-    speed = _speed(copy.deepcopy(model), train, method, settings, args)
-    write_text(out / f"{slug}.speed.json", json.dumps({"tokens_per_second": speed}), "the speed")
+    if args.together > time.time():
+        speed = _speed(copy.deepcopy(model), train, method, settings, args)
+        write_text(out / f"{slug}.speed.json", json.dumps({"tokens_per_second": speed}), "the speed")
     go = out / "go.json"
     while not go.exists():
         time.sleep(0.2)
@@ -178,15 +179,19 @@ def run(args: argparse.Namespace) -> None:
         command += ["--compile"] if args.compile else []
         # the Trainer takes the first GPU that it sees
         processes.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)}))
-    while len(speeds := sorted(args.out.glob("*.speed.json"))) < len(processes):
-        if any(process.poll() for process in processes):
-            sys.exit("an arm failed")
-        time.sleep(0.2)
-    rates = {path.stem: json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"] for path in speeds}
-    left = args.seconds - (time.time() - started)
+    tokens = args.tokens
+    if args.warm_up:
+        while len(speeds := sorted(args.out.glob("*.speed.json"))) < len(processes):
+            if any(process.poll() for process in processes):
+                sys.exit("an arm failed")
+            time.sleep(0.2)
+        rates = {path.stem: json.loads(path.read_text(encoding="utf-8"))["tokens_per_second"] for path in speeds}
+        left = args.seconds - (time.time() - started)
+        tokens = min(tokens, int(args.margin * min(rates.values()) * left))
+        print(json.dumps({"rates": {name: round(rate) for name, rate in rates.items()}, "left": left}), flush=True)
     step = args.batch_size * read_blocks(args.text)[0].shape[1]
-    tokens = min(args.tokens, int(args.margin * min(rates.values()) * left)) // step * step
-    print(json.dumps({"rates": {n: round(r) for n, r in rates.items()}, "left": left, "tokens": tokens}), flush=True)
+    tokens = tokens // step * step
+    print(f"{tokens:,} tokens each", flush=True)
     write_text(args.out / "go.json", json.dumps({"tokens": tokens}), "the number of tokens")
     sys.exit(max(process.wait() for process in processes))
 
@@ -208,7 +213,7 @@ def main() -> None:
     all_.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     all_.add_argument("--tokens", type=int, required=True, help="at most, of each arm")
     all_.add_argument("--seconds", type=float, required=True, help="for everything but the measurements at the end")
-    all_.add_argument("--warm-up", type=float, default=90, help="seconds until the speed is known")
+    all_.add_argument("--warm-up", type=float, default=90, help="seconds until the speed is known; 0: --tokens it is")
     all_.add_argument("--margin", type=float, default=1.0, help="of the slowest speed; > 1 if others end first")
     all_.set_defaults(run=run)
     for command in (first, one, all_):
