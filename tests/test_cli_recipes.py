@@ -284,7 +284,8 @@ BAD_INPUT: dict[str, Case] = {
     ),
     "unknown rule of eviction": (
         lambda m, t, r, d: ["recipe", m, "--rule", "oldest", "--out", d / "r.json"],
-        "expected rule to be one of window, key-norm, attention or a Rule, got 'oldest'",
+        "expected rule to be one of window, key-norm, attention, or an object with needs_attention and scores, "
+        "got 'oldest'",
     ),
     "recipe onto a folder": (
         lambda m, t, r, d: ["recipe", m, "--out", d],

@@ -29,7 +29,7 @@ import depthkv.cli
 import depthkv.data
 from depthkv import SharingPlan, load
 from depthkv.adapt.adapters import LoraSettings, add_adapter, save_adapter
-from depthkv.cli import app, main
+from depthkv.cli import _app, main
 from depthkv.compress import CacheRecipe
 from depthkv.location import Location
 from plan_figures import plan_file
@@ -129,14 +129,14 @@ def spread(arguments: list[str]) -> list[str]:
     """What `main` hands to the parser: options that take several values are repeated there."""
     with pytest.MonkeyPatch.context() as patch:
         handed: list[str] = []
-        patch.setattr(depthkv.cli, "app", lambda args, **options: handed.extend(args))
+        patch.setattr(typer.Typer, "__call__", lambda app, args, **options: handed.extend(args))
         main(arguments)
     return handed
 
 
 def parsed(arguments: list[str]) -> tuple[Any, Mapping[str, Any]]:
     """The command and the values that the real parser finds; raises where it knows an option or command not."""
-    group: Any = typer.main.get_command(app)
+    group: Any = typer.main.get_command(_app(arguments[0]))
     command = group.commands[arguments[0]]
     values, rest, _ = command.make_parser(command.context_class(command)).parse_args(spread(arguments)[1:])
     assert not rest, f"expected no further arguments, got {rest}"

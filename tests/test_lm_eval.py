@@ -350,5 +350,5 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
     spec = importlib.util.spec_from_file_location("depthkv.lm_eval_again", depthkv.lm_eval.__file__)
     assert spec is not None and spec.loader is not None
-    with pytest.raises(DepthKVError, match=r'pip install "depthkv\[eval\]"'):
+    with pytest.raises(DepthKVError, match=r"pip install 'depthkv\[eval\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
