@@ -321,3 +321,15 @@ def held_out_documents(name: str, all_text: bool = False) -> list[Document]:
     with naming(name):
         documents = resolve_data(name, progress=show)
         return documents if all_text else split_documents(documents)[1]
+
+
+def require_different(paths: dict[str, Path | None]) -> None:
+    """Refuse options that name the same file."""
+    seen: dict[str, str] = {}
+    for name, path in paths.items():
+        if path is None:
+            continue
+        real = os.path.realpath(path)
+        if real in seen:
+            raise DepthKVError(f"{name}: expected another file than {seen[real]}, got {path}")
+        seen[real] = name

@@ -16,8 +16,8 @@ from depthkv.calibrate import Calibrator
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
 from depthkv.cli.inputs import naming
-from depthkv.cli.output import command_line, console, show, table, waiting, write_json
-from depthkv.cli.plan import bar, text_blocks
+from depthkv.cli.output import bar, command_line, console, show, table, waiting, write_json
+from depthkv.cli.plan import text_blocks
 from depthkv.compress.figures import Rival, best_single, recipe_figures
 from depthkv.compress.losses import RecipeLosses
 from depthkv.compress.planner import Chosen, alone, choose_recipe, combined

@@ -5,10 +5,6 @@ With more axes than depth the answer is a recipe, see `depthkv.cli.joint`.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +14,8 @@ import typer
 from depthkv.calibrate import Calibrator
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
-from depthkv.cli.inputs import count, json_path, naming, not_negative, option
-from depthkv.cli.output import command_line, progress_bar, show, waiting, write_json
+from depthkv.cli.inputs import count, json_path, naming, not_negative, option, require_different
+from depthkv.cli.output import bar, command_line, show, waiting, write_json
 from depthkv.cli.plan_table import show_plan
 from depthkv.compress.space import AXES
 from depthkv.data import Document, named_blocks
@@ -265,15 +261,6 @@ def plan_command(
     show_plan(figures, planned.plan, out)
 
 
-@contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar, or in a log file a line at the beginning."""
-    if not sys.stderr.isatty():
-        show(what)
-    with progress_bar(what, total) as advance:
-        yield advance
-
-
 def checked_axes(axes: list[str] | None) -> tuple[str, ...]:
     """What --axes names, in a fixed order."""
     for axis in axes or ():
@@ -285,18 +272,6 @@ def checked_axes(axes: list[str] | None) -> tuple[str, ...]:
 def _size(name: str, text: str | None) -> int | None:
     with naming(name):
         return None if text is None else parse_bytes(text)
-
-
-def require_different(paths: dict[str, Path | None]) -> None:
-    """Refuse options that name the same file."""
-    seen: dict[str, str] = {}
-    for name, path in paths.items():
-        if path is None:
-            continue
-        real = os.path.realpath(path)
-        if real in seen:
-            raise DepthKVError(f"{name}: expected another file than {seen[real]}, got {path}")
-        seen[real] = name
 
 
 def _budget(

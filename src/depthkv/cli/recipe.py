@@ -10,9 +10,8 @@ import typer
 
 from depthkv.architectures import max_positions
 from depthkv.cli import inputs
-from depthkv.cli.inputs import count, count_or_none, json_path, naming, option
+from depthkv.cli.inputs import count, count_or_none, json_path, naming, option, require_different
 from depthkv.cli.output import command_line, console, table, write_json
-from depthkv.cli.plan import require_different
 from depthkv.compress.recipe import BITS, Bits, CacheRecipe
 from depthkv.compress.rules import RULES
 from depthkv.memory import cache_bytes, format_bytes

@@ -15,9 +15,9 @@ from depthkv.adaptive.portfolio import fit_portfolio, portfolio_features
 from depthkv.adaptive.similarity import passes, similarity_router
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
-from depthkv.cli.inputs import count, json_path, naming, option
-from depthkv.cli.output import command_line, console, show, table, waiting, write_json
-from depthkv.cli.plan import bar, require_different, text_blocks
+from depthkv.cli.inputs import count, json_path, naming, option, require_different
+from depthkv.cli.output import bar, command_line, console, show, table, waiting, write_json
+from depthkv.cli.plan import text_blocks
 from depthkv.errors import DepthKVError
 from depthkv.evaluate.intervals import Score, score
 from depthkv.machine import environment

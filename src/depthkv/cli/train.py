@@ -19,8 +19,7 @@ from depthkv.adapt.stages import ADAPTER_LEARNING_RATE, OBJECTIVES, Stages, disc
 from depthkv.checkpoint import load, load_tokenizer, save
 from depthkv.cli import inputs
 from depthkv.cli.inputs import count, count_or_none, naming, option, positive
-from depthkv.cli.output import show, waiting, write_json
-from depthkv.cli.plan import bar
+from depthkv.cli.output import bar, show, waiting, write_json
 from depthkv.cli.training import announce, cache_losses, draw, show_estimate, show_result, training_figures
 from depthkv.compress.noise import recipe_noise
 from depthkv.data import Document, resolve_data, split_documents, token_blocks
