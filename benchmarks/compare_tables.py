@@ -12,7 +12,7 @@ GROUPS = {
     "peers": "",
     "default": "default recipe, ",
     "essay": "essay adapter, ",
-    "adapter": "shipped adapter, ",
+    "eight texts": "adapter of eight texts, ",
 }
 """Files of benchmarks/compare.py, in the order of the table, and what their labels begin with."""
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import scale_tables
 from compare_tables import arms
 from cpu_tables import origin, run_of
 from planner_tables import excess, planner_runs
@@ -93,6 +94,18 @@ def default_cost(read: Read) -> str:
     found = dict(arms(read))
     values = [found[f"default recipe, {name}"]["loss_score"]["value"] for name in ("50% of layers", "full cache")]
     return f"{values[0] - values[1]:.2f}"
+
+
+def scaled(method: str, plan: str, over: str = "base") -> Figure:
+    """By how much an arm of benchmarks/scale.py is above the full cache of another, at the most tokens of both."""
+
+    def made(read: Read) -> str:
+        rows = {row["method"]: row for row in sorted(scale_tables.arms(read("scale.jsonl")), key=scale_tables.tokens)}
+        return f"{scale_tables.seen(rows[method], plan) / scale_tables.seen(rows[over], 'every 1') - 1:.0%}".replace(
+            "%", " %"
+        )
+
+    return made
 
 
 def routed(name: str) -> Figure:
@@ -237,6 +250,18 @@ FIGURES: dict[str, Figure] = {
     "default-cost": default_cost,
     "default-f1": suite("default recipe, 50% of layers", "f1"),
     "default-retrieval": suite("default recipe, 50% of layers", "retrieval"),
+    "eight-texts-f1": suite("adapter of eight texts, 50% of layers", "f1"),
+    "eight-texts-retrieval": suite("adapter of eight texts, 50% of layers", "retrieval"),
+    "scale-cla-2": scaled("cla@2", "every 2"),
+    "scale-cla-4": scaled("cla@4", "every 4"),
+    "scale-rd-2": scaled("rd-cla@2", "every 2"),
+    "scale-rd-2-full": scaled("rd-cla@2", "every 1"),
+    "scale-subset-half": scaled("even leader-subset", "every 2"),
+    "scale-subset-quarter": scaled("even leader-subset", "every 4"),
+    "scale-subset-half-own": scaled("even leader-subset", "every 2", "even leader-subset"),
+    "scale-subset-quarter-own": scaled("even leader-subset", "every 4", "even leader-subset"),
+    "scale-default-half": scaled("default recipe", "every 2"),
+    "scale-default-quarter": scaled("default recipe", "every 4"),
     "adapter-f1": suite("essay adapter, 50% of layers", "f1"),
     "adapter-retrieval": suite("essay adapter, 50% of layers", "retrieval"),
     "full-f1": suite("full cache", "f1"),

@@ -12,24 +12,32 @@ UNSEEN = "brown"
 """The text that no arm trains on."""
 
 
+def arms(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["run"] == "scale"]
+
+
+def tokens(row: dict[str, Any]) -> int:
+    return row["tokens"]
+
+
+def seen(row: dict[str, Any], plan: str) -> float:
+    """Held-out loss, the mean over the texts that all train on."""
+    return statistics.fmean(found[plan] for text, found in row["test"].items() if text != UNSEEN)
+
+
 def losses(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Held-out loss of each arm, the mean over the texts that all train on, and that of the one that none does."""
-    arms = [row for row in rows if row["run"] == "scale"]
-    bases = [row for row in arms if row["method"] == "base"]
+    """Held-out loss of each arm, most tokens first, and that of the text that none trains on."""
+    bases = [row for row in arms(rows) if row["method"] == "base"]
     plans = list(next(iter(bases[0]["test"].values())))
     lines = []
-    for row in arms:
+    for row in sorted(arms(rows), key=tokens, reverse=True):
         base = min(bases, key=lambda base: abs(base["tokens"] - row["tokens"]))
-        cells = []
+        cells = [row["method"], f"{row['tokens'] / 1e6:.1f}M", f"{row['learning_rate']:g}"]
         for plan in plans:
-            loss, best = (_seen(arm, name) for arm, name in ((row, plan), (base, plans[0])))
-            cells.append(f"{loss:.3f} ({loss / best - 1:+.0%}); {row['test'][UNSEEN][plan]:.3f}")
-        lines.append([row["method"], f"{row['tokens'] / 1e6:.1f}M", *cells])
-    return ["method", "tokens", *("full" if plan == "every 1" else plan for plan in plans)], lines
-
-
-def _seen(row: dict[str, Any], plan: str) -> float:
-    return statistics.fmean(found[plan] for text, found in row["test"].items() if text != UNSEEN)
+            over = seen(row, plan) / seen(base, plans[0]) - 1
+            cells.append(f"{seen(row, plan):.3f} ({over:+.0%}); {row['test'][UNSEEN][plan]:.3f}")
+        lines.append(cells)
+    return ["method", "tokens", "rate", *("full" if plan == "every 1" else plan for plan in plans)], lines
 
 
 TABLES = {"scale": losses, "scale-train": gpu_tables.train}

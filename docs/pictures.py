@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from drawing import arrow, rect, svg, text
+from scale_picture import scale
 from transformers import LlamaConfig
 
 from depthkv import RandomCrossLayer, SharingPlan
@@ -224,6 +225,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "training.svg": training,
     "prefill.svg": prefill,
     "largest.svg": largest,
+    "scale.svg": lambda: scale(_raw("scale")),
 }
 
 
