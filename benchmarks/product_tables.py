@@ -30,4 +30,20 @@ def product(runs: list[Row]) -> tuple[list[str], list[list[str]]]:
     return ["what", "figure"], rows
 
 
-TABLES: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {"product": product}
+def journeys(runs: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Each step of the last run of each journey."""
+    names = {"memory": "too little memory", "trainer": "a Trainer", "vllm": "vLLM", "research": "research"}
+    found = {run["run"]: run for run in runs}
+    rows = []
+    for key, name in names.items():
+        steps = found[f"journey {key}"]["steps"] if f"journey {key}" in found else []
+        for step in steps:
+            facts = f", {step['lines']} lines" if "lines" in step else ""
+            facts += f": {step['blocks']}" if "blocks" in step else ""
+            rows.append([name, step["step"].replace("|", "\\|") + facts, f"{step['seconds']:.1f} s"])
+        if steps:
+            rows.append([name, "in all", f"{sum(step['seconds'] for step in steps) / 60:.1f} min"])
+    return ["journey", "step", "time"], rows
+
+
+TABLES: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {"product": product, "journeys": journeys}
