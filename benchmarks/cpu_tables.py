@@ -156,12 +156,22 @@ def lm_eval(read: Read) -> Table:
     return ["", "layers kept", "multiple choice, right", "written answers, right", "bits per byte"], rows
 
 
+SHOWN_MOVES = 3
+"""Of the rows in which a column moved for one reason."""
+
+
 def moved(read: Read) -> Table:
-    """What benchmarks/all.py found to be another than before, and why."""
-    rows = []
+    """What benchmarks/all.py found to be another than before, and why: a line for a column of a table and a reason."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in read("moved.jsonl"):
-        place = ": ".join(filter(None, [row["row"], row["figure"]]))
-        rows.append([row["table"], place, row["before"], row["after"], row["why"]])
+        groups.setdefault((row["table"], row["figure"], row["why"]), []).append(row)
+    rows = []
+    for (name, figure, why), found in groups.items():
+        place = figure or found[0]["row"]
+        place = f"{found[0]['row']}: {figure}" if len(found) == 1 and figure and found[0]["row"] else place
+        more = f" and {len(found) - SHOWN_MOVES} more" if len(found) > SHOWN_MOVES else ""
+        ends = ("; ".join(row[end] for row in found[:SHOWN_MOVES]) + more for end in ("before", "after"))
+        rows.append([name, place, *ends, why])
     return ["table", "figure", "before", "after", "why"], rows or [["none", "", "", "", ""]]
 
 

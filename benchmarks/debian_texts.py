@@ -44,12 +44,14 @@ class _Words(HTMLParser):
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("script", "style", "head")
+        self.hidden = max(0, self.hidden - (tag in ("script", "style", "head")))
+        if tag in ("td", "th"):
+            self.parts.append(" ")
         if tag in ("p", "h1", "h2", "h3", "pre"):
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
-        if self.hidden <= 0:
+        if not self.hidden:
             self.parts.append(data)
 
 
@@ -76,22 +78,20 @@ def documents(name: str, root: Path) -> Iterator[tuple[str, str]]:
 
 
 def _chapters(root: Path) -> Iterator[tuple[str, str]]:
-    """Of a module that diatheke reads; what is said of several verses is repeated for each, and kept once."""
+    """Of a module that diatheke reads; what is said of several verses is kept once in a chapter."""
     (conf,) = root.glob("usr/share/sword/mods.d/*.conf")
     module = re.findall(r"^\[(.+)\]", conf.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)[0]
     command = ["diatheke", "-b", module, "-f", "plain", "-k", "Gen-Rev"]
     environment = {"SWORD_PATH": str(root / "usr/share/sword"), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
     found = subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode("utf-8", "replace")
-    seen: set[str] = set()
     chapters: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in found.splitlines():
         if verse := VERSE.fullmatch(line.strip()):
             lines = chapters.setdefault(f"{verse[1]} {verse[2]}", [])
         words = (verse[3] if verse else line).strip()
-        if words and words not in seen:
+        if words and words not in lines:
             lines.append(words)
-            seen.add(words)
     for number, (chapter, verses) in enumerate(chapters.items()):
         between = " " if max(map(len, verses), default=0) < 1000 else "\n\n"
         yield f"{number:04} {chapter}", re.sub(r" {4,}\*", "\n\n*", between.join(verses))
@@ -103,9 +103,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     for name in args.names:
-        folder = args.out / name
-        folder.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as temporary:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.out, prefix=f".{name}.") as temporary:
+            folder = Path(temporary) / "texts"
+            folder.mkdir()
             subprocess.run(["apt-get", "download", PACKAGES[name]], cwd=temporary, check=True)
             (package,) = Path(temporary).glob("*.deb")
             root = Path(temporary) / "root"
@@ -117,7 +118,9 @@ def main() -> None:
                     words += len(text.split())
                     file = folder / (re.sub(r"[^\w.-]+", "_", title) + ".txt")
                     file.write_text(text + "\n", encoding="utf-8")
-        print(f"{name}: {words:,} words in {len(list(folder.iterdir()))} files")
+            count = len(list(folder.iterdir()))
+            folder.rename(args.out / name)
+        print(f"{name}: {words:,} words in {count} files")
 
 
 if __name__ == "__main__":

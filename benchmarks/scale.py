@@ -97,7 +97,11 @@ def arm(args: argparse.Namespace) -> None:
         "seed": args.seed,
         **method.recipe,
     }
-    if args.together > time.time():
+    if args.learning_rate is not None:
+        settings["learning_rate"] = args.learning_rate
+    if args.together:
+        if args.together < time.time():
+            sys.exit("expected a longer --warm-up: the models have only been loaded")
         speed = _speed(copy.deepcopy(model), train, method, settings, args)
         write_text(out / f"{slug}.speed.json", json.dumps({"tokens_per_second": speed}), "the speed")
     go = out / "go.json"
@@ -170,13 +174,23 @@ def run(args: argparse.Namespace) -> None:
     """Start an arm's process for each method, decide on the number of tokens, wait."""
     args.out.mkdir(parents=True, exist_ok=True)
     gpus = max(1, torch.cuda.device_count())
+    for old in (args.out / "go.json", *args.out.glob("*.speed.json")):
+        old.unlink(missing_ok=True)
     started = time.time()
     processes = []
     for index, name in enumerate(args.arms):
         command = [sys.executable, __file__, "arm", name, "--device", "cuda" if torch.cuda.is_available() else "cpu"]
-        command += ["--together", str(started + args.warm_up), "--text", str(args.text), "--out", str(args.out)]
+        command += [
+            "--together",
+            str(started + args.warm_up if args.warm_up else 0),
+            "--text",
+            str(args.text),
+            "--out",
+            str(args.out),
+        ]
         command += ["--model", args.model, "--batch-size", str(args.batch_size), "--seed", str(args.seed)]
         command += ["--compile"] if args.compile else []
+        command += ["--learning-rate", str(args.learning_rate)] if args.learning_rate is not None else []
         # the Trainer takes the first GPU that it sees
         processes.append(subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(index % gpus)}))
     tokens = args.tokens
@@ -208,7 +222,7 @@ def main() -> None:
     one, all_ = commands.add_parser("arm"), commands.add_parser("run")
     one.add_argument("name", choices=list(ARMS))
     one.add_argument("--device", required=True)
-    one.add_argument("--together", type=float, required=True, help="until when to measure the speed, Unix time")
+    one.add_argument("--together", type=float, required=True, help="until when to measure the speed, Unix time; 0: not")
     one.set_defaults(run=arm)
     all_.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     all_.add_argument("--tokens", type=int, required=True, help="at most, of each arm")
@@ -224,6 +238,7 @@ def main() -> None:
         command.add_argument("--batch-size", type=int, default=8)
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--compile", action="store_true")
+        command.add_argument("--learning-rate", type=float, help="instead of each arm's own")
     args = parser.parse_args()
     args.run(args)
 

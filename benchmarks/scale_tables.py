@@ -25,6 +25,12 @@ def seen(row: dict[str, Any], plan: str) -> float:
     return statistics.fmean(found[plan] for text, found in row["test"].items() if text != UNSEEN)
 
 
+def longest(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each method's arm of as many tokens as the full cache's longest."""
+    most = max(tokens(row) for row in arms(rows) if row["method"] == "base")
+    return {row["method"]: row for row in arms(rows) if tokens(row) == most}
+
+
 def losses(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Held-out loss of each arm, most tokens first, and that of the text that none trains on."""
     bases = [row for row in arms(rows) if row["method"] == "base"]

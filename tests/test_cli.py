@@ -70,6 +70,14 @@ def seventy_billion(folder: Path) -> Path:
     return path
 
 
+def test_inspect_refuses_an_empty_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.json"
+    config = MistralConfig(architectures=["MistralForCausalLM"]).to_dict() | {"sliding_window": 0}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert run("inspect", path) == 2
+    assert "expected sliding_window of at least 1 where layer 0 has a window, got 0" in capsys.readouterr().err
+
+
 def test_inspect_a_bare_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = seventy_billion(tmp_path)
     assert run("inspect", config, "--context", 131072, "--memory", "192GiB", "--json", tmp_path / "o.json") == 0
@@ -488,7 +496,7 @@ def test_a_kill_loses_what_came_after_the_last_checkpoint(
     capsys.readouterr()
     assert adapt(model, text, tmp_path / "out", *more) == 0
     state = tmp_path / "out.unfinished"
-    expected = f"no checkpoint in {state} yet: from the beginning"
+    expected = f"no checkpoint in {state}: from the beginning"
     assert (f"going on from step {kept} of {state}" if kept else expected) in capsys.readouterr().err.splitlines()
     assert not state.exists()
 
@@ -745,3 +753,24 @@ def test_the_program_itself(model: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(depthkv.cli.__file__).parents[2])},
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+# Files that are read
+
+
+@pytest.mark.parametrize(
+    "command", [("evaluate", "--data", "text.txt"), ("generate", "--prompt", "a"), ("bench",), ("inspect",)]
+)
+def test_figures_are_not_written_over_a_plan(
+    command: tuple[str, ...], model: Path, plan_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = plan_file.read_bytes()
+    name, *options = command
+    assert run(name, model, *options, "--plan", plan_file, "--json", plan_file.parent / "." / "plan.json") == 2
+    assert "--json: expected another file than those that are read" in capsys.readouterr().err
+    assert plan_file.read_bytes() == before
+
+
+def test_a_command_after_two_dashes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--", "inspect", model) == 0
+    assert "layers" in capsys.readouterr().out

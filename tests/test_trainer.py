@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from torch._dynamo.utils import counters
 from transformers import Trainer, TrainingArguments
 
 from depthkv import RandomCrossLayer, SharingPlan, route
-from depthkv.adapt import RoutingCallback, RoutingTrainer, adapt
+from depthkv.adapt import RoutingCallback, RoutingTrainer, StepInfo, adapt
 from depthkv.adapt.adapters import LoraSettings, add_adapter
 from depthkv.adapt.objectives import Distillation
 from depthkv.adapt.run import require_trainers_device
@@ -157,6 +158,24 @@ def test_curve_best_state_and_early_stop(tmp_path: Path) -> None:
     assert_equal_weights(
         weights(model), weights(type(model).from_pretrained(tmp_path / f"checkpoint-{best['step']:.0f}"))
     )
+
+
+def test_patience_is_not_renewed_by_a_stop(tmp_path: Path) -> None:
+    """A run that is stopped and taken up again ends where it would have ended."""
+    config = make_config(
+        max_tokens=64 * 40, learning_rate=1.0, warmup_fraction=0.5, eval_every=2, early_stop=3, save_every_minutes=1e-9
+    )
+    whole = train(make_model(), config, eval_blocks=make_blocks(4, seed=2))
+
+    def stop(info: StepInfo) -> None:
+        if info.step == whole.steps - 1:  # after two measurements without a better one
+            os.kill(os.getpid(), signal.SIGINT)
+
+    again = {"eval_blocks": make_blocks(4, seed=2), "resume_dir": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        train(make_model(), config, on_step=stop, **again)
+    assert (tmp_path / f"checkpoint-{whole.steps - 1}").exists(), "saved between measurements, too"
+    assert train(make_model(), config, **again).steps == whole.steps < 40
 
 
 def test_measuring_does_not_change_training() -> None:

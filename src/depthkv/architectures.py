@@ -220,11 +220,14 @@ def _kind(config: Any, layer_type: str, layer: int) -> LayerKind:
     rope = getattr(config, "rope_parameters", None) or {}
     if isinstance(rope.get(layer_type), dict):  # Gemma 3 and others: a base for each type of layer
         rope = rope[layer_type]
+    size = getattr(config, window, None) if window else None
+    if size == 0:
+        raise UnsupportedModelError(f"expected {window} of at least 1 where layer {layer} has a window, got 0")
     no_rope = getattr(config, "no_rope_layers", None)
     has_rope = not no_rope or bool(no_rope[layer])
     return LayerKind(
         attention=layer_type,
-        window=getattr(config, window, None) if window else None,
+        window=size,
         rope=json.dumps(rope, sort_keys=True, default=str) if has_rope else "none",
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=head_dim,

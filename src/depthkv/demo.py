@@ -205,7 +205,7 @@ def print_figures(figures: Mapping[str, Any], out: str | os.PathLike[str], conso
 def _documents(data: str, tell: Console) -> tuple[list[Document], str]:
     """The text, and which it is: without a network, a built-in one gives way to the one in the package."""
     if not data.startswith("builtin:"):
-        return resolve_data(data), data
+        return resolve_data(data, lambda line: tell.print(line, markup=False)), data
     choices = list(dict.fromkeys([data, *(f"builtin:{text}" for text in BUILTIN_TEXTS)]))
     for name in choices[:-1]:
         try:

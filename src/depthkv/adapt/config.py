@@ -123,7 +123,8 @@ class AdaptConfig:
         for name in self.report_to:
             if name not in REPORTERS:
                 raise DepthKVError(f"expected report_to among {', '.join(REPORTERS)}, got {name!r}")
-            if importlib.util.find_spec(name) is None:
+            names = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+            if not any(_is_installed(package) for package in names):
                 needed = "depthkv[train]" if name == "tensorboard" else name
                 raise DepthKVError(f"expected {name} to be installed (pip install '{needed}'), got none")
         for name, choices in (("trainable", TRAINABLE), ("decay", DECAYS), ("precision", PRECISIONS)):
@@ -213,3 +214,8 @@ def _integer(name: str, value: object, least: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
         at_least = "" if least is None else f" of at least {least}"
         raise DepthKVError(f"expected {name} as an integer{at_least}, got {value!r}")
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # none: a folder of that name, such as runs leave behind

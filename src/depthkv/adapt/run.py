@@ -140,7 +140,8 @@ def adapt(
         trainer.run, run.trainer, trainer.trained = run, trainer, list(trained)
         trainer.remove_callback(PrinterCallback)
         if config.early_stop is not None:
-            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=config.early_stop))
+            run.stopper = EarlyStoppingCallback(early_stopping_patience=config.early_stop)
+            trainer.add_callback(run.stopper)
         if found is not None:
             run.resume(found[1])
         run.interrupted = stack.enter_context(deferred_interrupt(enabled=resume_dir is not None))
@@ -223,6 +224,7 @@ class _Run(TrainerCallback):  # type: ignore[misc, unused-ignore]
     trainer: _Trainer
     bar: Callable[[StepInfo], None]
     interrupted: Callable[[], bool]
+    stopper: EarlyStoppingCallback | None = None
 
     def __init__(
         self, config: AdaptConfig, world_size: int, on_step: Callable[[StepInfo], None] | None, keeps_state: bool
@@ -237,11 +239,14 @@ class _Run(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._last_save = time.monotonic()
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curves": self.curves}
+        state = {"step": self.step, "seconds": self.seconds, "losses": self.losses, "curves": self.curves}
+        return state | {"patience": self.stopper.early_stopping_patience_counter if self.stopper is not None else 0}
 
     def resume(self, header: dict[str, Any]) -> None:
         self.step, self.seconds = header["step"], header["seconds"]
         self.losses, self.curves = list(header["losses"]), list(header["curves"])
+        if self.stopper is not None:
+            self.stopper.early_stopping_patience_counter = header["patience"]
 
     @property
     def tokens(self) -> int:
@@ -296,7 +301,7 @@ class _Run(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if ends:
             control.should_training_stop = True
         due = time.monotonic() - self._last_save >= self.config.save_every_minutes * 60
-        if self.keeps_state and (ends or (self.config.eval_every is None and self._agreed(due, args))):
+        if self.keeps_state and (ends or self._agreed(due, args)):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

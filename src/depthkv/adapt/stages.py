@@ -6,6 +6,7 @@ With an adapter, what is fine-tuned first stays the full-cache model to the bit,
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from depthkv.adapt.adapters import LoraSettings, add_adapter
-from depthkv.adapt.checkpoints import discard_state, newest_step
+from depthkv.adapt.checkpoints import discard_state, has_state, newest_step
 from depthkv.adapt.config import AdaptConfig, trainable_parameters
 from depthkv.adapt.examples import Examples
 from depthkv.adapt.local import LocalConfig, fit_followers
@@ -138,7 +139,8 @@ def train_in_stages(
         given = {name: value for name, value in arguments.items() if name != "eval_blocks"}
         finetuned = adapt(model, examples, ordinary, sampler=FullCache(), resume_dir=place, **given)
         config = _share(config, 1 - stages.finetune)
-    if stages.local_steps:
+    begun = folder is not None and has_state(folder / _ROUTED)
+    if stages.local_steps and not (begun and stages.objective == "lm"):  # a teacher may be a copy of what it leaves
         if not isinstance(examples, torch.Tensor):
             raise DepthKVError("expected packed text for the layer-local stage, got examples")
         tell(f"Layer-local stage of {stages.local_steps} steps")
@@ -281,5 +283,5 @@ def estimate(model: Any, blocks: torch.Tensor, config: AdaptConfig, stages: Stag
 def _steps_within(config: AdaptConfig, seconds_per_step: float) -> int:
     """Optimizer steps of the budget of one stage."""
     if config.max_minutes is None:
-        return config.num_steps(1)
+        return config.num_steps(int(os.environ.get("WORLD_SIZE", "1")))  # of torchrun, before its group exists
     return math.ceil(60 * config.max_minutes / seconds_per_step)  # the step that the clock ends in is finished

@@ -101,10 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     given = list(sys.argv[1:] if argv is None else argv)
     remember_command(given)
-    name = given[0] if given else ""
-    app = _app(name)
-    arguments = _spread_values(given, _repeatable_options(app, name))
+    name = next((argument for argument in given if argument != "--"), "")
     try:
+        app = _app(name)
+        arguments = _spread_values(given, _repeatable_options(app, name))
         code = app(args=arguments or ["--help"], prog_name="depthkv", standalone_mode=False)
     except DepthKVError as error:
         return _fail(str(error))

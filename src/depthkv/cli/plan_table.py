@@ -59,7 +59,7 @@ def show_plan(figures: dict[str, Any], plan: SharingPlan, out: Path) -> None:
     held = figures["held_out_full"]["value"]
     printed.print(f"Full cache: {full:.3f} measured, {held:.3f} held out{adapter}", soft_wrap=True)
     worse = rows[0]["against_even"]
-    if worse["low"] is not None and worse["low"] > 0:
+    if worse["low"] is not None and worse["low"] > 0 and "prefill weight" not in figures["budget"]["words"]:
         printed.print(
             f"Held out, evenly spaced layers do better by {worse['difference']:.3f}: more text may help",
             style="yellow",

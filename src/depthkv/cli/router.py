@@ -15,7 +15,7 @@ from depthkv.adaptive.portfolio import fit_portfolio, portfolio_features
 from depthkv.adaptive.similarity import passes, similarity_router
 from depthkv.checkpoint import load
 from depthkv.cli import inputs
-from depthkv.cli.inputs import count, json_path, naming, option, require_different
+from depthkv.cli.inputs import count, json_path, keep_inputs, naming, option, require_different
 from depthkv.cli.output import bar, command_line, console, show, table, waiting, write_json
 from depthkv.cli.plan import text_blocks
 from depthkv.errors import DepthKVError
@@ -75,6 +75,7 @@ def router_command(
         raise DepthKVError(f"--out: expected a file, got {out}")
     path = losses or json_path(out.with_name(f"{out.stem}.losses.json"))
     require_different({"--out": out, "--losses": path, "--json": json_file})
+    keep_inputs(json_file, plan)
     prompt = block_size // 2 if prompt_tokens is None else prompt_tokens
     if not 0 < prompt < block_size:
         raise DepthKVError(f"--prompt-tokens: expected 1 to {block_size - 1}, got {prompt}")

@@ -180,6 +180,7 @@ def adapt_command(
     started = time.perf_counter()
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
+    inputs.keep_inputs(json_file, plan, recipe_file)
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
     if task not in ("text", "qa"):
@@ -250,7 +251,8 @@ def adapt_command(
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, adapt_config, blocks)
     if dry_run:
-        show_estimate(loaded, work.examples, adapt_config, stages, json_file)
+        if inputs.is_main_process():
+            show_estimate(loaded, work.examples, adapt_config, stages, json_file)
         return
 
     def curve(what: str, measured: Any) -> list[Any]:

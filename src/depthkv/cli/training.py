@@ -27,7 +27,7 @@ def announce(state: Path) -> None:
     if steps is not None:
         show(f"going on from step {steps:,} of {state}")
     elif state.is_dir():
-        show(f"no checkpoint in {state} yet: from the beginning")
+        show(f"no checkpoint in {state}: from the beginning")
 
 
 def cache_losses(
