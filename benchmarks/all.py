@@ -127,8 +127,8 @@ class Run:
             say(
                 f"[{number + 1}/{len(self.left)}] {step.name}: about {step.seconds / 60:.0f} of {rest:.0f} minutes left"
             )
-            if step.quiet and not self.quick and os.getloadavg()[0] > 1:
-                say(f"    the machine is busy (load {os.getloadavg()[0]:.1f}); times may be off")
+            if step.quiet and not self.quick and (used := used_by_others()) > 0.2:
+                say(f"    the machine is busy ({used:.0%} of the processor); times may be off")
             begun = time.perf_counter()
             try:
                 self.one(step)
@@ -171,6 +171,19 @@ class Run:
         made = [where | row | origin | step.row for row in rows]
         merge(self.raw / step.raw, [{k: v for k, v in row.items() if k not in step.drop} for row in made], step.key)
         shutil.rmtree(folder)
+
+
+def used_by_others(seconds: float = 2) -> float:
+    """Share of the processor's time, while nothing runs here; 0 where Linux does not say it."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    ticks = []
+    for wait_for in (0.0, seconds):
+        time.sleep(wait_for)
+        ticks.append([int(number) for number in stat.read_text().split("\n", 1)[0].split()[1:]])
+    passed = [after - before for before, after in zip(*ticks, strict=True)]
+    return 1 - (passed[3] + passed[4]) / max(1, sum(passed[:8]))  # idle and waiting for a disk
 
 
 def merge(path: Path, rows: Sequence[Row], key: Sequence[str]) -> None:

@@ -31,7 +31,10 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType, Mo
 def bench(modules: Any, tmp_path: Path) -> Bench:
     """Calls it with benchmarks that write one row each: of `switching.jsonl`, whose table has two figures."""
     runner, _, steps = modules
-    shutil.copytree(ROOT / "docs" / "raw", tmp_path / "raw")
+    raw = shutil.copytree(ROOT / "docs" / "raw", tmp_path / "raw")
+    # whatever has been measured: 4.50 ms and 0.06 ms are what it is compared with
+    (row,) = lines(raw / "switching.jsonl")
+    (raw / "switching.jsonl").write_text(json.dumps(row | {"share_s": 0.0045, "remove_s": 0.00006}) + "\n")
 
     def step(name: str, code: str, **more: Any) -> Any:
         commands = (f"python -c '{code}' {{out}}",)

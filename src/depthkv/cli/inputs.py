@@ -325,10 +325,12 @@ def held_out_documents(name: str, all_text: bool = False) -> list[Document]:
 
 def keep_inputs(json_file: Path | None, *read: Path | Sequence[Path] | None) -> None:
     """Refuse to write figures over a file that is read."""
-    files = [file for given in read for file in (given if isinstance(given, list | tuple) else [given])]
-    real = {os.path.realpath(file) for file in files if file is not None}
-    if json_file is not None and os.path.realpath(json_file) in real:
-        raise DepthKVError(f"--json: expected another file than those that are read, got {json_file}")
+    if json_file is None:
+        return
+    for given in read:
+        for file in [given] if isinstance(given, Path) else given or ():
+            if os.path.realpath(json_file) == os.path.realpath(file):
+                raise DepthKVError(f"--json: expected another file than those that are read, got {json_file}")
 
 
 def require_different(paths: dict[str, Path | None]) -> None:
