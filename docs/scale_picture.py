@@ -31,7 +31,7 @@ def scale(rows: Sequence[Mapping[str, Any]]) -> str:
             curves[panel, name.format(k=k)] = (points, kind)
     tokens = sorted(count / 1e6 for count in bases)
     highest = 10 * -(-max(cost for points, _ in curves.values() for _, cost in points) // 10)
-    top, bottom, width = 66.0, 290.0, 128.0
+    top, bottom, width = 66.0, 290.0, 120.0
 
     def down(cost: float) -> float:
         return bottom - (bottom - top) * cost / highest
@@ -39,7 +39,7 @@ def scale(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = [text(8, 22, "Loss over the fine-tuned full cache, %", "title")]
     said = []
     for panel, (title, _, _) in enumerate(PANELS):
-        left = 40.0 + 272 * panel
+        left = 40.0 + 274 * panel
         right = left + width
         parts.append(text(left, 48, title, "soft"))
         for cost in range(0, int(highest) + 1, 10):
