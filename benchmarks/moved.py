@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,22 @@ Shown = dict[str, str]
 """Tables and figures by name, as a page shows them."""
 
 
-def shown(raw: Path) -> Shown:
-    """All that can be made of a folder of raw rows."""
+def shown(raw: Path, *, earlier: bool = False) -> Shown:
+    """All that can be made of a folder of raw rows; `earlier` ones may lack what a new table or figure wants."""
     before, tables.RAW = tables.RAW, raw
     try:
-        made = {name: make() for name, make in tables.TABLES.items() if name != "moved"}
-        stated = {name: make(tables.read) for name, make in inline.FIGURES.items() if not name.startswith(ORIGIN)}
-        return made | {f"figure {name}": text for name, text in stated.items()}
+        makers: dict[str, Callable[[], str]] = {name: make for name, make in tables.TABLES.items() if name != "moved"}
+        for name, make in inline.FIGURES.items():
+            if not name.startswith(ORIGIN):
+                makers[f"figure {name}"] = partial(make, tables.read)
+        made = {}
+        for name, maker in makers.items():
+            try:
+                made[name] = maker()
+            except (LookupError, ValueError, OSError):
+                if not earlier:
+                    raise
+        return made
     finally:
         tables.RAW = before
 
@@ -42,7 +52,9 @@ def cells(text: str) -> list[list[str]]:
 def compare(before: Shown, after: Shown) -> Iterator[dict[str, Any]]:
     """Cells whose number moved by more than `SHARE`, and by more than rounding can."""
     for name, text in after.items():
-        old, new = cells(before.get(name, "")), cells(text)
+        if name not in before:
+            continue
+        old, new = cells(before[name]), cells(text)
         if old[0] != new[0] or [len(line) for line in old] != [len(line) for line in new]:
             yield {"table": name, "row": "", "figure": "", "before": "other rows or columns", "after": ""}
             continue
@@ -77,7 +89,7 @@ def write(before: Path, raw: Path) -> int:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             known[row["table"], row["row"], row["figure"]] = row.get("why", "")
-    rows = list(compare(shown(before), shown(raw)))
+    rows = list(compare(shown(before, earlier=True), shown(raw)))
     lines = [
         json.dumps(row | {"why": known.get((row["table"], row["row"], row["figure"]), "")}, ensure_ascii=False)
         for row in rows
