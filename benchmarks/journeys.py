@@ -45,7 +45,9 @@ blocks = token_blocks(training, tokenizer, 256)[:80]
 tokenizer.pad_token = tokenizer.eos_token
 trainer = Trainer(
     model,
-    TrainingArguments("run", max_steps=20, save_steps=5, per_device_train_batch_size=2, bf16=True, report_to="none"),
+    TrainingArguments(
+        "run", max_steps=20, save_steps=5, per_device_train_batch_size=2, bf16=True, report_to="none", use_cpu=True
+    ),
     DataCollatorForLanguageModeling(tokenizer, mlm=False),
     [{"input_ids": block} for block in blocks],
     processing_class=tokenizer,
