@@ -771,6 +771,19 @@ def test_figures_are_not_written_over_a_plan(
     assert plan_file.read_bytes() == before
 
 
+def test_figures_replace_no_checkpoint_and_no_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_text(tmp_path / "text.txt")
+    weights = model / "model.safetensors"
+    named = {text: "--json", weights: "--json", model / "config.json": "--json: expected another file"}
+    before = {file: file.read_bytes() for file in named}
+    for file, message in named.items():
+        assert run("evaluate", model, "--data", text, "--json", file) == 2
+        assert message in capsys.readouterr().err
+        assert file.read_bytes() == before[file]
+
+
 def test_a_command_after_two_dashes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--", "inspect", model) == 0
     assert "layers" in capsys.readouterr().out

@@ -209,11 +209,24 @@ def test_unread_projections_are_skipped_only_on_request() -> None:
     assert calls[0] == 0 and calls[1] > 0
 
 
+def test_a_map_may_be_a_tensor() -> None:
+    model = train_model()
+    with route(model, Fixed(torch.tensor(CHAIN))) as routing:  # type: ignore[arg-type]
+        model(IDS)
+    assert list(routing.last_plan.kv_source_layers) == CHAIN
+
+
 def test_routing_refuses_a_cache_and_bad_maps() -> None:
     model = train_model()
     with route(model, SAMPLER), pytest.raises(PlanError, match="generate under share"):
         model.generate(IDS, max_new_tokens=2)
-    for bad, message in [([0] * 5, "6 sources, got 5"), ([0, 2, 0, 0, 0, 0], "layer 1 to read itself or an earlier")]:
+    not_whole = "Fixed to draw a whole number for each layer"
+    for bad, message in [
+        ([0] * 5, "6 sources, got 5"),
+        ([0, 2, 0, 0, 0, 0], "layer 1 to read itself or an earlier"),
+        ([0.0] * 6, not_whole),
+        (None, not_whole),
+    ]:
         with route(model, Fixed(bad)), pytest.raises(PlanError, match=message):
             model(IDS)
     with pytest.raises(PlanError, match="expected a sampler"):

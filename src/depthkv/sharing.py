@@ -7,6 +7,7 @@ From here the next hop is `attention.LayerCache.update`, where a follower reads 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -189,11 +190,11 @@ class Routing(Patches):
         kinds = self._decoder.kinds
         draw_batch = getattr(self.sampler, "draw_batch", None)
         if draw_batch is None:
-            maps = [tuple(self.sampler.draw(self.step, kinds))]
+            maps = [_whole_numbers(self.sampler, self.sampler.draw(self.step, kinds))]
         else:
             inputs = arguments.get("input_ids")
             inputs = arguments["inputs_embeds"] if inputs is None else inputs
-            maps = [tuple(sources) for sources in draw_batch(self.step, kinds, len(inputs))]
+            maps = [_whole_numbers(self.sampler, sources) for sources in draw_batch(self.step, kinds, len(inputs))]
         for sources in maps:
             _check_routing_map(sources, kinds)
         self.last_maps = [RoutingMap(sources) for sources in maps]
@@ -341,6 +342,15 @@ def check_plan(plan: SharingPlan, kinds: tuple[LayerKind, ...]) -> None:
     if plan.num_layers != len(kinds):
         raise PlanError(f"expected a plan for {len(kinds)} layers, got one for {plan.num_layers}")
     _check_kinds(plan.kv_source_layers, kinds)
+
+
+def _whole_numbers(sampler: Sampler, sources: Any) -> tuple[int, ...]:
+    """What a sampler drew, which may be a list, a tuple, or an array or tensor of integers."""
+    try:
+        return tuple(operator.index(source) for source in sources)
+    except TypeError as problem:
+        name = type(sampler).__name__
+        raise PlanError(f"expected {name} to draw a whole number for each layer, got {sources!r:.80}") from problem
 
 
 def _check_routing_map(sources: tuple[int, ...], kinds: tuple[LayerKind, ...]) -> None:

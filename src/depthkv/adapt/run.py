@@ -6,6 +6,7 @@ import hashlib
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -110,6 +111,9 @@ def adapt(
     if found is not None:
         check_settings(found[0], found[1].get("settings"), settings)
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # PEFT looks for the base's config at each checkpoint; a built-in model or a .gguf file has none
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
         directory = resume_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="depthkv-"))
         arguments = _arguments(config, str(directory), next(iter(trained.values())).device)
         stack.enter_context(training_mode(model, trained))

@@ -52,7 +52,7 @@ def bench_command(
     without followers' K and V has no full cache to compare with.
     """
     inputs.refuse_both(plan, retention)
-    inputs.keep_inputs(json_file, plan, recipe)
+    inputs.keep_inputs(json_file, model, plan, recipe)
     if new_tokens < 2:
         raise DepthKVError(f"--new-tokens: expected at least 2, got {new_tokens}: decoding starts with the second")
     lengths, batches = dict.fromkeys(prompt_tokens or [1024]), dict.fromkeys(batch_size or [1])

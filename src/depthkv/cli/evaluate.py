@@ -73,7 +73,7 @@ def evaluate_command(
     Perplexity by default. `depthkv report` makes a page of the JSON file.
     """
     inputs.refuse_both(plan, retention)
-    inputs.keep_inputs(json_file, plan, recipe, questions)
+    inputs.keep_inputs(json_file, model, data, plan, recipe, questions)
     if recipe and block_size < 2:
         raise DepthKVError(f"--block-size: expected at least 2 with --recipe, got {block_size}")
     suites = _suites(suite, questions)

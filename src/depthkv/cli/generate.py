@@ -74,7 +74,7 @@ def generate_command(
         recipe, plan=plan, retention=retention, router=router, adaptive=adaptive, kv_budget=kv_budget
     )
     _refuse_several(plan, retention, adaptive, router)
-    inputs.keep_inputs(json_file, plan, recipe, router)
+    inputs.keep_inputs(json_file, model, plan, recipe, router)
     for text in prompt:
         if not text.strip():
             raise DepthKVError(f"--prompt: expected text, got {text!r}")

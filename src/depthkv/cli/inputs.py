@@ -115,6 +115,16 @@ def json_path(text: str | Path) -> Path:
     return path
 
 
+def figures_path(text: str | Path) -> Path:
+    """As `json_path`, and no file is replaced that holds something else: a text or weights, by a slip."""
+    path = json_path(text)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise typer.BadParameter(f"expected a new file or one of JSON, got {path}")
+    return path
+
+
 # Options
 
 
@@ -154,7 +164,7 @@ Retentions = Annotated[
     list[float] | None,
     option("--retention", retention_value, "R...", "Shares of layers to keep, such as 1 .5 .33 .25."),
 ]
-Json = Annotated[Path | None, option("--json", json_path, "FILE", "Write the figures to this file, too.")]
+Json = Annotated[Path | None, option("--json", figures_path, "FILE", "Write the figures to this file, too.")]
 Dtype = Annotated[str, option("--dtype", dtype_name, "DTYPE", "auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N.")]
 BatchSize = Annotated[int, option("--batch-size", count, "N", "Blocks in one forward.")]
@@ -323,14 +333,20 @@ def held_out_documents(name: str, all_text: bool = False) -> list[Document]:
         return documents if all_text else split_documents(documents)[1]
 
 
-def keep_inputs(json_file: Path | None, *read: Path | Sequence[Path] | None) -> None:
-    """Refuse to write figures over a file that is read."""
+_READ_OF_A_FOLDER = ("config", "generation_config", "plan", "adapter_config", "tokenizer", "tokenizer_config")
+"""JSON files of a checkpoint."""
+
+
+def keep_inputs(json_file: Path | None, *read: str | Path | Sequence[str | Path] | None) -> None:
+    """Refuse to write figures over a file that is read: of those named, and of checkpoints in folders."""
     if json_file is None:
         return
     for given in read:
-        for file in [given] if isinstance(given, Path) else given or ():
-            if os.path.realpath(json_file) == os.path.realpath(file):
-                raise DepthKVError(f"--json: expected another file than those that are read, got {json_file}")
+        for name in [given] if isinstance(given, str | Path) else given or ():
+            folder = Path(name).expanduser()
+            for file in (folder, *(folder / f"{part}.json" for part in _READ_OF_A_FOLDER)):
+                if os.path.realpath(json_file) == os.path.realpath(file):
+                    raise DepthKVError(f"--json: expected another file than those that are read, got {json_file}")
 
 
 def require_different(paths: dict[str, Path | None]) -> None:

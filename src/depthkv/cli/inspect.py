@@ -34,7 +34,7 @@ def inspect_command(
     json_file: inputs.Json = None,
 ) -> None:
     """Layers, KV bytes per token, what can share with what, and what fits into a memory size. Reads no weights."""
-    inputs.keep_inputs(json_file, plan, recipe)
+    inputs.keep_inputs(json_file, model, plan, recipe)
     with naming("--memory"):
         room = None if memory is None else parse_bytes(memory)
     config, kinds = inputs.read_config(model)

@@ -75,7 +75,7 @@ def router_command(
         raise DepthKVError(f"--out: expected a file, got {out}")
     path = losses or json_path(out.with_name(f"{out.stem}.losses.json"))
     require_different({"--out": out, "--losses": path, "--json": json_file})
-    keep_inputs(json_file, plan)
+    keep_inputs(json_file, model, data, plan)
     prompt = block_size // 2 if prompt_tokens is None else prompt_tokens
     if not 0 < prompt < block_size:
         raise DepthKVError(f"--prompt-tokens: expected 1 to {block_size - 1}, got {prompt}")

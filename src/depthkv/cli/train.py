@@ -180,7 +180,7 @@ def adapt_command(
     started = time.perf_counter()
     inputs.refuse_beside_recipe(recipe_file, plan=plan, retention=retention, equal_cache=equal_cache)
     inputs.refuse_both(plan, retention)
-    inputs.keep_inputs(json_file, plan, recipe_file)
+    inputs.keep_inputs(json_file, model, data, plan, recipe_file)
     if minutes is not None and tokens is not None:
         raise DepthKVError("expected --minutes or --tokens, got both")
     if task not in ("text", "qa"):
@@ -246,7 +246,7 @@ def adapt_command(
     data = list(dict.fromkeys(data))
     state = out.with_name(f"{out.name}.unfinished")
     if inputs.is_main_process() and not dry_run:
-        announce(state)
+        announce(out, state)
     with waiting(f"loading {model}"):
         loaded, tokenizer = _model(model, data, from_config_, num_layers, device, seed)
     work = _read_task(task, data, tokenizer, adapt_config, blocks)

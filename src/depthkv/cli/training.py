@@ -21,8 +21,10 @@ from depthkv.report import plot_loss, plot_plan, plot_retention
 _FEW_TOKENS = 300_000
 
 
-def announce(state: Path) -> None:
-    """Say what an earlier run left in `state`."""
+def announce(out: Path, state: Path) -> None:
+    """Say what an earlier run left in `out` and in `state`."""
+    if out.exists():
+        show(f"{out} is there already, and is replaced when this run has ended")
     steps = done_steps(state)
     if steps is not None:
         show(f"going on from step {steps:,} of {state}")
