@@ -246,8 +246,8 @@ def _quiet(expected: bool) -> Iterator[None]:
 def _reading(name: str) -> Iterator[None]:
     try:
         yield
-    except ImportError:  # the installation, not the checkpoint
-        raise
+    except ImportError as problem:  # the installation, not the checkpoint
+        raise CheckpointError(f"expected the packages that {name} needs, got: {one_line(problem)}") from problem
     except Exception as problem:  # damaged files make the libraries below raise almost anything
         reason = one_line(problem)
         if "trust_remote_code" in str(problem):

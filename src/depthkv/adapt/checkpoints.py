@@ -17,7 +17,7 @@ from typing import Any
 from depthkv.errors import CheckpointError
 
 FORMAT = "depthkv-adapt"
-VERSION = 2
+VERSION = 3
 SEAL = "depthkv.json"
 STAGING = ".saving"
 """Where a checkpoint is written before it is renamed."""
