@@ -94,8 +94,8 @@ def test_damaged_files(name: str, formats: dict[str, Target]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": True}, "architectures"),
-        ({"architectures": [None]}, "architectures"),
+        ({"architectures": True}, "expected architectures as a list of names in the config of .*, got True"),
+        ({"architectures": [None]}, "expected architectures as a list of names"),
         ({"dtype": True}, "expected a dtype such as bfloat16 in the config of .*, got True"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000, which is no whole number from 1 to 10,000"),
         ({"num_hidden_layers": 0}, "num_hidden_layers 0, which"),
